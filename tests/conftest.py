@@ -1,0 +1,47 @@
+"""Fixtures shared by all tests: small corpora made once a run, and the optional folder of real media."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real clips, images and annotation files that lie beside the checkout; tests that need them fail without."""
+    folder = ROOT.parent / "shared" / "data"
+    assert folder.is_dir(), f"{folder} is missing: real media for these tests lie beside the checkout"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small built-in corpus: media, Singularity-style lists and vocab.txt."""
+    from smaug_ds.data.toy import ToyConfig, render_corpus
+
+    folder = tmp_path_factory.mktemp("toy_media")
+    render_corpus(ToyConfig(clips=64, images=32, test_clips=32, seed=7), folder, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_shards(toy_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small corpus as indexed shards: folders train and test."""
+    from tools.build_shards import build
+
+    folder = tmp_path_factory.mktemp("toy_shards")
+    for split, names in {"train": ["video_train.json", "image_train.json"], "test": ["video_test.json"]}.items():
+        lists = [toy_media / name for name in names]
+        build(lists=lists, media_root=toy_media, out=folder / split, samples_per_shard=16, workers=2)
+    return folder
