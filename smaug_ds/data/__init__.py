@@ -1,0 +1,1 @@
+"""From corpus files to device batches: index, order, decode, augment."""

@@ -1,0 +1,1 @@
+"""Training: DeepSpeed engine, optimiser, objectives, checkpoints, monitoring and the loop."""

@@ -1,0 +1,118 @@
+"""BERT split in two: a text encoder, and a multi-modal encoder that also looks at the frames (SMAUG section 3.1).
+
+Letters: B batch, L text tokens, M visual tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smaug_ds.model.layers import BertBlock
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text and multi-modal encoder; the defaults are BERT-base, split 9 + 3."""
+
+    vocab_size: int = 0  # words; 0 takes it from the tokenizer (data.tokenizer)
+    width: int = 768  # D
+    heads: int = 12
+    mlp_width: int = 3072
+    text_layers: int = 9  # without cross-attention
+    fusion_layers: int = 3  # with cross-attention
+    max_length: int = 32  # longest caption, tokens with [CLS] and [SEP]
+    max_positions: int = 512  # size of the position table
+    dropout: float = 0.1  # of embeddings, attention and residuals
+    checkpoint_every: int = 0  # recompute every n-th layer in the backward pass: 0 none, 1 all
+
+    def __post_init__(self) -> None:
+        if self.max_length > self.max_positions:
+            raise ValueError(
+                f"model.text.max_length {self.max_length} is more than model.text.max_positions {self.max_positions}"
+            )
+        if self.max_length < 3:
+            raise ValueError(f"model.text.max_length is {self.max_length}: [CLS], a word and [SEP] need 3")
+        if self.width % self.heads:
+            raise ValueError(f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"model.text.checkpoint_every is {self.checkpoint_every}: it must be 0 or more")
+
+
+class TextEmbedding(nn.Module):
+    """Word, position and segment embeddings, normalised, as in BERT. All tokens are of the first segment."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.max_positions, config.width)
+        self.segment = nn.Embedding(2, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, D)."""
+        length = input_ids.shape[1]
+        x = self.word(input_ids) + self.position.weight[:length] + self.segment.weight[0]
+        return self.drop(self.norm(x))
+
+
+class TextEncoder(nn.Module):
+    """The first layers of BERT."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = TextEmbedding(config)
+        self.layers = nn.ModuleList(
+            BertBlock(config.width, config.heads, config.mlp_width, config.dropout) for _ in range(config.text_layers)
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """``input_ids`` (B, L), ``attention_mask`` (B, L) True on tokens -> (B, L, D)."""
+        return run_layers(self.layers, self.embedding(input_ids), attention_mask, None, self.config.checkpoint_every)
+
+
+class MultiModalEncoder(nn.Module):
+    """The last layers of BERT, each with a cross-attention to the visual tokens."""
+
+    def __init__(self, config: TextConfig, visual_width: int):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            BertBlock(config.width, config.heads, config.mlp_width, config.dropout, visual_width)
+            for _ in range(config.fusion_layers)
+        )
+
+    def forward(self, states: Tensor, attention_mask: Tensor, visual: Tensor | None) -> Tensor:
+        """``states`` (B, L, D), ``visual`` (B, M, Dv) or None to silence the cross-attention -> (B, L, D)."""
+        return run_layers(self.layers, states, attention_mask, visual, self.config.checkpoint_every)
+
+
+def run_layers(layers: nn.ModuleList, x: Tensor, mask: Tensor, visual: Tensor | None, every: int) -> Tensor:
+    """``x`` (B, L, D) through all ``layers``, every n-th one recomputed in the backward pass."""
+    attend_to = mask[:, None, None, :]
+    for number, layer in enumerate(layers, start=1):
+        if every and number % every == 0 and torch.is_grad_enabled():
+            x = checkpoint(layer, x, attend_to, visual, use_reentrant=False)
+        else:
+            x = layer(x, attend_to, visual)
+    return x
+
+
+class WordHead(nn.Module):
+    """BERT's masked-language head; its output matrix is the word embedding."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.transform = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, states: Tensor, word_embedding: Tensor) -> Tensor:
+        """``states`` (R, D) of the places to predict, ``word_embedding`` (vocabulary, D) -> (R, vocabulary)."""
+        x = self.norm(nn.functional.gelu(self.transform(states)))
+        return nn.functional.linear(x, word_embedding, self.bias)

@@ -1,0 +1,138 @@
+"""Attention and transformer blocks that timm and transformers do not offer in the form SMAUG needs.
+
+Letters: B batch, L tokens of the query side, M tokens of the key side, D width, H heads, E width of one head.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp, QuickGELU
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention through PyTorch's fused kernel, with one projection for query, key and value."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out(rearrange(attended, "b h l e -> b l (h e)"))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``x`` (B, L, D), ``mask`` broadcastable to (B, H, L, L), True where attention is allowed -> (B, L, D)."""
+        return self._attend(*self._project(x), mask)
+
+    def with_class_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``forward``, and the class token's attention to all other tokens, averaged over heads: (B, L - 1).
+
+        Only that one row of the attention matrix is computed beside the fused kernel; L x L is never materialised.
+        """
+        q, k, v = self._project(x)
+        scores = q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, 1, L)
+        class_attention = scores.float().softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
+        return self._attend(q, k, v, None), class_attention
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from text tokens to visual tokens, whose width may differ."""
+
+    def __init__(self, width: int, heads: int, visual_width: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(visual_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, visual: Tensor) -> Tensor:
+        """``x`` (B, L, D), ``visual`` (B, M, visual width) -> (B, L, D)."""
+        q = rearrange(self.query(x), "b l (h e) -> b h l e", h=self.heads)
+        k, v = rearrange(self.key_value(visual), "b m (two h e) -> two b h m e", two=2, h=self.heads)
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(rearrange(attended, "b h l e -> b l (h e)"))
+
+
+class BertBlock(nn.Module):
+    """BERT's post-norm layer; with ``visual_width`` a cross-attention stands between self-attention and MLP.
+
+    Place and normalisation of the cross-attention are those of ALBEF and Singularity, so that their weights fit.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, visual_width: int | None = None):
+        super().__init__()
+        self.attention = SelfAttention(width, heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, eps=1e-12)
+        if visual_width is not None:
+            self.cross_attention = CrossAttention(width, heads, visual_width, dropout)
+            self.cross_attention_norm = nn.LayerNorm(width, eps=1e-12)
+        self.mlp = Mlp(width, mlp_width, act_layer=nn.GELU)
+        self.mlp_norm = nn.LayerNorm(width, eps=1e-12)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, visual: Tensor | None = None) -> Tensor:
+        """``x`` (B, L, D), ``mask`` (B, 1, 1, L) True on tokens, ``visual`` (B, M, Dv) or None -> (B, L, D)."""
+        x = self.attention_norm(x + self.drop(self.attention(x, mask)))
+        if visual is not None:
+            x = self.cross_attention_norm(x + self.drop(self.cross_attention(x, visual)))
+        return self.mlp_norm(x + self.drop(self.mlp(x)))
+
+
+class ClipBlock(nn.Module):
+    """CLIP's pre-norm layer with QuickGELU, open between attention and MLP so that tokens can leave there."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = Mlp(width, mlp_width, act_layer=QuickGELU)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The attention half. ``x`` (B, L, D) -> (B, L, D)."""
+        return x + self.attention(self.attention_norm(x))
+
+    def attend_and_rank(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The attention half, and the class token's attention to the other tokens (B, L - 1)."""
+        attended, class_attention = self.attention.with_class_attention(self.attention_norm(x))
+        return x + attended, class_attention
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The MLP half. ``x`` (B, L, D) -> (B, L, D)."""
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Rows ``ids`` (B, K) of ``tokens`` (B, N, D) -> (B, K, D)."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform linears as in MAE, N(0, 0.02) embeddings as in BERT, unit norms; apply with ``Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def silence_residual(block: nn.Module) -> None:
+    """Zeroes the last linear of both halves of a timm ``Block``: it starts as the identity and learns from there."""
+    for name in ("attn.proj", "mlp.fc2"):
+        for parameter in block.get_submodule(name).parameters():
+            nn.init.zeros_(parameter)

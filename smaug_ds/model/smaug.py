@@ -1,0 +1,250 @@
+"""SMAUG: sparse masked autoencoder for video-language pre-training (arXiv 2211.11446), assembled.
+
+Reads like section 3 of the paper: encode frames, encode text, reconstruct pixels, choose frames, fuse, predict.
+
+Letters: B batch, T frames, k chosen frames, N patches, K tokens of a frame, L text tokens, D width, P projection size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from smaug_ds.model.frame_selector import FrameChoice, FrameSelector, SelectorConfig
+from smaug_ds.model.language import MultiModalEncoder, TextConfig, TextEncoder, WordHead
+from smaug_ds.model.layers import init_weights
+from smaug_ds.model.pixel_decoder import PixelDecoder, PixelDecoderConfig, pixel_targets
+from smaug_ds.model.temporal import TemporalConfig, TemporalEncoder
+from smaug_ds.model.vision import VisionConfig, VisionEncoder, normalise_pixels, patchify
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole architecture; a checkpoint carries it. ``size`` names the preset that fills what is not given."""
+
+    size: str = "base"  # base (the paper's) or tiny (for CPUs): defaults of all numbers below
+    frames: int = 1  # frames of a clip: 1 in the single-frame stage, 4 in the multi-frame stage
+    frames_kept: int = 1  # frames that the multi-modal encoder sees
+    projection: int = 256  # size of the contrastive space
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    temporal: TemporalConfig = field(default_factory=TemporalConfig)
+    decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
+    selector: SelectorConfig = field(default_factory=SelectorConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.frames_kept < 1:
+            raise ValueError(
+                f"model.frames is {self.frames} and model.frames_kept is {self.frames_kept}: both must be at least 1"
+            )
+        if self.frames_kept > self.frames:
+            raise ValueError(
+                f"model.frames_kept is {self.frames_kept}, but a clip has only model.frames = {self.frames}: "
+                "lower model.frames_kept or raise model.frames"
+            )
+
+    @classmethod
+    def of_size(cls, size: str) -> ModelConfig:
+        """The preset called ``size``. Raises ValueError for an unknown name."""
+        if size == "base":
+            return cls()
+        if size == "tiny":
+            return cls(
+                size="tiny",
+                projection=128,
+                vision=VisionConfig(
+                    image_size=64, patch_size=8, width=128, depth=6, heads=4, mlp_width=512, sparsify_layers=(2, 4, 5)
+                ),
+                temporal=TemporalConfig(depth=2, heads=4),
+                decoder=PixelDecoderConfig(width=64, depth=3, heads=4),
+                selector=SelectorConfig(depth=2, heads=2, mlp_width=512),
+                text=TextConfig(
+                    width=128, heads=4, mlp_width=512, text_layers=3, fusion_layers=3, max_positions=64, dropout=0.0
+                ),
+            )
+        raise ValueError(f"model.size is {size!r}: it must be base or tiny")
+
+
+@dataclass
+class VisualOutput:
+    """A batch of encoded clips."""
+
+    tokens: Tensor  # (B, T, K, D) for the fusion, after the temporal encoder; class token first
+    embedding: Tensor  # (B, P) unit length
+    spatial_tokens: Tensor  # (B, T, K, D) before the temporal encoder, for the pixel decoder
+    kept_ids: Tensor  # (B, T, K - 1) patch of each token after the class token; N for a fused token
+    visible_ids: Tensor | None  # (B, V) patches that were seen; None without a mask
+    masked_ids: Tensor | None  # (B, N - V)
+    layer_ids: list[Tensor]  # kept_ids after each sparsification
+
+    @property
+    def frame_features(self) -> Tensor:
+        """(B, T, D) class token of each frame."""
+        return self.tokens[:, :, 0]
+
+    def index(self, rows: Tensor) -> VisualOutput:
+        """The clips ``rows`` (R,), in that order."""
+        return _index(self, rows)
+
+
+@dataclass
+class TextOutput:
+    """A batch of encoded captions."""
+
+    states: Tensor  # (B, L, D)
+    mask: Tensor  # (B, L) True on tokens
+    embedding: Tensor  # (B, P) unit length
+
+    def index(self, rows: Tensor) -> TextOutput:
+        """The captions ``rows`` (R,), in that order."""
+        return _index(self, rows)
+
+
+class SmaugModel(nn.Module):
+    """Deterministic given weights and batch (dropout apart): every random number comes in with the batch."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.text.vocab_size < 1:
+            raise ValueError(f"model.text.vocab_size is {config.text.vocab_size}: take it from the tokenizer first")
+        self.config = config
+        vision, text = config.vision, config.text
+        self.vision = VisionEncoder(vision)
+        self.pixel_decoder = PixelDecoder(config.decoder, vision.width, vision.patches, vision.patch_size)
+        self.text = TextEncoder(text)
+        self.fusion = MultiModalEncoder(text, vision.width)
+        if config.frames > 1:
+            self.temporal = TemporalEncoder(config.temporal, vision.width, config.frames)
+        if config.frames > config.frames_kept:
+            self.selector = FrameSelector(config.selector, vision.width, text.width)
+        self.vision_projection = nn.Linear(vision.width, config.projection)
+        self.text_projection = nn.Linear(text.width, config.projection)
+        self.match_head = nn.Linear(text.width, 2)
+        self.word_head = WordHead(text)
+        # shape [1], not []: ZeRO cannot partition a parameter without a dimension
+        self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())
+        self.logit_bias = nn.Parameter(torch.tensor([-10.0]))  # of the sigmoid loss (Zhai et al. 2023, section 3.2)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        self.apply(init_weights)
+        for part in (self.vision, self.pixel_decoder, getattr(self, "temporal", None)):
+            if part is not None:
+                part.init_weights()
+
+    def encode_frames(self, frames: Tensor, patch_noise: Tensor | None = None) -> VisualOutput:
+        """``frames`` (B, T, 3, H, W) uint8; ``patch_noise`` (B, N) uniform draws the tube mask, None masks nothing.
+
+        A clip of one frame (an image) does not pass the temporal encoder. Raises ValueError on a wrong image size.
+        """
+        size = self.config.vision.image_size
+        if frames.shape[-2:] != (size, size):
+            raise ValueError(f"frames are {tuple(frames.shape[-2:])} pixels, but model.vision.image_size is {size}")
+        encoded = self.vision(self.patchify(frames), patch_noise)
+        tokens = self.temporal(encoded.tokens) if frames.shape[1] > 1 else encoded.tokens
+        embedding = self.vision_projection(tokens[:, :, 0].mean(dim=1))
+        return VisualOutput(
+            tokens=tokens,
+            embedding=F.normalize(embedding.float(), dim=-1),
+            spatial_tokens=encoded.tokens,
+            kept_ids=encoded.kept_ids,
+            visible_ids=encoded.visible_ids,
+            masked_ids=encoded.masked_ids,
+            layer_ids=encoded.layer_ids,
+        )
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
+        """``input_ids`` (B, L), ``attention_mask`` (B, L) True on tokens."""
+        states = self.text(input_ids, attention_mask)
+        embedding = self.text_projection(states[:, 0])
+        return TextOutput(states, attention_mask, F.normalize(embedding.float(), dim=-1))
+
+    def predict_pixels(self, visual: VisualOutput, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Masked visual modelling: prediction and target (B, T, M, 3 P P) of the masked patches that are decoded.
+
+        Raises ValueError when the clips were encoded without a mask.
+        """
+        if visual.masked_ids is None:
+            raise ValueError("masked visual modelling needs a mask: raise model.vision.mask_ratio or set loss.mvm to 0")
+        share = self.config.decoder.predicted_share
+        count = max(1, round(share * visual.masked_ids.shape[1]))
+        predict_ids = visual.masked_ids[:, :count]
+        prediction = self._decode(visual, predict_ids, visual.visible_ids if share < 1 else None)
+        targets = self.pixel_targets(frames)
+        wanted = repeat(predict_ids, "b m -> b t m p", t=frames.shape[1], p=targets.shape[-1])
+        return prediction, targets.gather(2, wanted)
+
+    def reconstruct(self, visual: VisualOutput) -> Tensor:
+        """The decoder's picture of every patch, masked or not: (B, T, N, 3 P P), in the space of ``pixel_targets``."""
+        batch, patches = len(visual.spatial_tokens), self.config.vision.patches
+        all_ids = torch.arange(patches, device=visual.kept_ids.device).expand(batch, patches)
+        return self._decode(visual, all_ids, None)
+
+    def _decode(self, visual: VisualOutput, predict_ids: Tensor, visible_ids: Tensor | None) -> Tensor:
+        batch, frames = visual.spatial_tokens.shape[:2]
+        pixels = self.pixel_decoder(
+            rearrange(visual.spatial_tokens[:, :, 1:], "b t k d -> (b t) k d"),
+            rearrange(visual.kept_ids, "b t k -> (b t) k"),
+            None if visible_ids is None else repeat(visible_ids, "b v -> (b t) v", t=frames),
+            repeat(predict_ids, "b m -> (b t) m", t=frames),
+        )
+        return rearrange(pixels, "(b t) m p -> b t m p", b=batch)
+
+    def patchify(self, frames: Tensor) -> Tensor:
+        """``frames`` (B, T, 3, H, W) uint8 -> normalised pixels (B, T, N, 3 P P)."""
+        return patchify(normalise_pixels(frames), self.config.vision.patch_size)
+
+    def pixel_targets(self, frames: Tensor) -> Tensor:
+        """What masked visual modelling predicts of ``frames`` (B, T, 3, H, W): (B, T, N, 3 P P)."""
+        return pixel_targets(self.patchify(frames), self.config.decoder)
+
+    def choose_frames(self, visual: VisualOutput, text: TextOutput, noise: Tensor | None = None) -> FrameChoice:
+        """The ``frames_kept`` frames that the sentence is about. ``noise`` (B, T) uniform while training."""
+        return self._choose(visual.tokens, text.states[:, 0], noise)
+
+    def _choose(self, tokens: Tensor, sentence: Tensor, noise: Tensor | None) -> FrameChoice:
+        return self.selector(tokens[:, :, 0], sentence, self.config.frames_kept, noise)
+
+    def look_at(self, tokens: Tensor, sentence: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The visual tokens that a text gets to see: those of the chosen frames, where there is a choice.
+
+        tokens: (B, T, K, D). sentence: (B, Dt) class token of the clean caption. Returns (B, k K, D).
+        """
+        if tokens.shape[1] > self.config.frames_kept:
+            choice = self._choose(tokens, sentence, noise)
+            rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+            weights = choice.weights.gather(1, choice.chosen).to(tokens.dtype)
+            tokens = tokens[rows, choice.chosen] * weights[:, :, None, None]
+        return rearrange(tokens, "b t k d -> b (t k) d")
+
+    def fuse(self, states: Tensor, mask: Tensor, visual_tokens: Tensor) -> Tensor:
+        """``states`` (B, L, D) of the text encoder, ``visual_tokens`` (B, M, D) -> (B, L, D)."""
+        return self.fusion(states, mask, visual_tokens)
+
+    def match_logits(self, fused: Tensor) -> Tensor:
+        """``fused`` (B, L, D) -> (B, 2): not matched, matched."""
+        return self.match_head(fused[:, 0]).float()
+
+    def match(self, visual: VisualOutput, text: TextOutput) -> Tensor:
+        """How much better pair i fits than not: matched minus unmatched logit, (B,)."""
+        logits = self.match_logits(self.fuse(text.states, text.mask, self.look_at(visual.tokens, text.states[:, 0])))
+        return logits[:, 1] - logits[:, 0]
+
+    def word_logits(self, states: Tensor) -> Tensor:
+        """``states`` (R, D) of the hidden words only -> (R, vocabulary)."""
+        return self.word_head(states, self.text.embedding.word.weight).float()
+
+
+def _index(output, rows: Tensor):
+    def pick(value):
+        if isinstance(value, list):
+            return [pick(item) for item in value]
+        return value[rows] if isinstance(value, Tensor) else value
+
+    fields = dataclasses.fields(output)
+    return dataclasses.replace(output, **{item.name: pick(getattr(output, item.name)) for item in fields})

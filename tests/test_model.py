@@ -1,0 +1,171 @@
+"""The assembled model: shapes, checkpointing, frame choice, partial decoding, and what stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from smaug_ds.engine.objectives import Pretraining
+from smaug_ds.losses import LossConfig
+from smaug_ds.model.smaug import ModelConfig, SmaugModel
+from smaug_ds.model.vision import normalise_pixels, patchify, unpatchify
+from tests.models import random_batch, small_config, small_model
+
+
+def test_base_is_the_paper() -> None:
+    config = ModelConfig.of_size("base")
+    assert config == ModelConfig()
+    assert config.vision.token_counts() == [99, 81, 66, 54]
+    assert config.vision.patches == 196
+
+
+def test_shapes_of_the_multi_frame_stage() -> None:
+    config = small_config(frames=3, frames_kept=2)
+    model, batch = small_model(config), random_batch(config, 4)
+    visual = model.encode_frames(batch.frames, batch.patch_noise)
+    tokens = config.vision.token_counts()[-1]
+    assert visual.tokens.shape == (4, 3, tokens, 32)
+    assert visual.embedding.shape == (4, 16)
+    torch.testing.assert_close(visual.embedding.norm(dim=1), torch.ones(4))
+    text = model.encode_text(batch.input_ids, batch.attention_mask)
+    assert model.look_at(visual.tokens, text.states[:, 0]).shape == (4, 2 * tokens, 32)
+    assert model.match(visual, text).shape == (4,)
+    assert model.reconstruct(visual).shape == (4, 3, 16, 192)
+    picked = visual.index(torch.tensor([3, 0]))
+    assert torch.equal(picked.tokens[1], visual.tokens[0]) and torch.equal(picked.kept_ids[0], visual.kept_ids[3])
+
+
+def test_fusion_sees_only_chosen_frames() -> None:
+    config = small_config(frames=4, frames_kept=2)
+    model = small_model(config).eval()
+    batch = random_batch(config, 3)
+    visual = model.encode_frames(batch.frames)
+    text = model.encode_text(batch.input_ids, batch.attention_mask)
+    choice = model.choose_frames(visual, text)
+    before = model.match(visual, text)
+    hidden = visual.tokens.clone()
+    for row in range(3):
+        for frame in range(4):
+            if frame not in choice.chosen[row]:
+                hidden[row, frame, 1:] = 1000.0
+    after = model.match(dataclasses.replace(visual, tokens=hidden), text)
+    torch.testing.assert_close(after, before)
+
+
+def test_selector_learns_from_the_fusion() -> None:
+    config = small_config(frames=4, frames_kept=1)
+    module = Pretraining(small_model(config), LossConfig(vtc=0, mlm=0, mvm=0))
+    module(random_batch(config, 4))["loss"].backward()
+    for key, parameter in module.model.selector.named_parameters():
+        # a constant added to all scores changes nothing, so the last bias has no gradient but rounding
+        assert parameter.grad is not None and (parameter.grad.abs().max() > 0 or key == "project_out.bias"), key
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_nothing(every: int, dropout: float, dtype: torch.dtype) -> None:
+    results = []
+    for checkpoint_every in (0, every):
+        config = small_config(frames=3, frames_kept=2, checkpoint_every=checkpoint_every)
+        text = dataclasses.replace(config.text, checkpoint_every=checkpoint_every, dropout=dropout)
+        module = Pretraining(small_model(dataclasses.replace(config, text=text)), LossConfig()).to(dtype)
+        torch.manual_seed(3)
+        losses = module(random_batch(config, 4))
+        losses["loss"].backward()
+        results.append((losses, {key: value.grad for key, value in module.named_parameters()}))
+    (plain, plain_gradients), (recomputed, gradients) = results
+    for key in plain:
+        assert torch.equal(plain[key], recomputed[key]), key
+    for key, gradient in plain_gradients.items():
+        if gradient is None:
+            assert gradients[key] is None, key
+        else:
+            assert torch.equal(gradient, gradients[key]), key
+
+
+def test_partial_decoding_predicts_a_random_part_of_the_masked_patches() -> None:
+    config = small_config()
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, predicted_share=0.5))
+    model, batch = small_model(config), random_batch(config, 4)
+    visual = model.encode_frames(batch.frames, batch.patch_noise)
+    prediction, target = model.predict_pixels(visual, batch.frames)
+    assert prediction.shape == target.shape == (4, 1, 4, 192)
+    assert visual.masked_ids is not None
+    everything = model.pixel_targets(batch.frames)
+    for row in range(4):
+        assert torch.equal(target[row, 0], everything[row, 0, visual.masked_ids[row, :4]])
+
+
+def test_normalised_targets_have_unit_patches() -> None:
+    config = small_config()
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, normalise_targets=True))
+    targets = small_model(config).pixel_targets(random_batch(config, 2).frames)
+    assert targets.mean(dim=-1).abs().max() < 1e-5
+    assert (targets.std(dim=-1) - 1).abs().max() < 1e-3
+
+
+def test_patchify_round_trip() -> None:
+    frames = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8)
+    pixels = normalise_pixels(frames)
+    assert torch.equal(unpatchify(patchify(pixels, 8), 8), pixels)
+
+
+def test_second_stage_starts_where_the_first_ended() -> None:
+    """With silent temporal blocks and no positions yet, a clip of equal frames means what its frame meant."""
+    single = small_model(small_config())
+    torch.manual_seed(5)
+    multi = SmaugModel(small_config(frames=4, frames_kept=2))
+    missing, unexpected = multi.load_state_dict(single.state_dict(), strict=False)
+    assert not unexpected
+    assert {key.split(".")[0] for key in missing} == {"temporal", "selector"}
+    torch.nn.init.zeros_(multi.temporal.position_embedding)
+    frames = random_batch(single.config, 3).frames
+    one = single.eval().encode_frames(frames).embedding
+    four = multi.eval().encode_frames(frames.expand(-1, 4, -1, -1, -1)).embedding
+    torch.testing.assert_close(four, one)
+
+
+def test_image_in_the_multi_frame_stage() -> None:
+    config = small_config(frames=4, frames_kept=2)
+    module = Pretraining(small_model(config), LossConfig())
+    batch = random_batch(small_config(), 4)
+    module(batch)["loss"].backward()
+    assert all(parameter.grad is None for parameter in module.model.temporal.parameters())
+
+
+def test_inference_without_sparsification_keeps_every_token() -> None:
+    config = small_config(sparsify_at_inference=False)
+    model = small_model(config).eval()
+    visual = model.encode_frames(random_batch(config, 2).frames)
+    assert visual.tokens.shape[2] == config.vision.patches + 1
+    assert visual.layer_ids == []
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"frames": 2, "frames_kept": 3}, r"model\.frames_kept is 3.*model\.frames = 2"),
+        ({"frames": 0}, r"model\.frames is 0"),
+    ],
+)
+def test_impossible_model_is_refused(values: dict, key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        ModelConfig(**values)
+
+
+def test_wrong_image_size_is_refused() -> None:
+    config = small_config()
+    frames = torch.zeros(1, 1, 3, 48, 48, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"48.*model\.vision\.image_size is 32"):
+        small_model(config).encode_frames(frames)
+
+
+def test_mask_ratio_zero_cannot_reconstruct() -> None:
+    config = small_config(mask_ratio=0.0)
+    batch = random_batch(config, 2)
+    model = small_model(config)
+    with pytest.raises(ValueError, match=r"model\.vision\.mask_ratio"):
+        model.predict_pixels(model.encode_frames(batch.frames, batch.patch_noise), batch.frames)
