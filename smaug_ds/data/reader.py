@@ -1,0 +1,302 @@
+"""What a loader's worker does: read, decode, tokenise, and put one micro batch together up to its pixels.
+
+Letters: B batch, T frames, N patches, L text tokens, H height, W width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from smaug_ds.config import ConfigError
+from smaug_ds.data.draw import Clip, Draws, Window, centre_crop, random_resized_crop
+from smaug_ds.data.index import Corpus
+from smaug_ds.data.order import Order, sample_generator, slots, stable_hash
+from smaug_ds.data.quarantine import Failure
+from smaug_ds.data.sample import Batch, BatchShape, Medium, Sample
+from smaug_ds.data.shard import Entry, ShardError
+from smaug_ds.data.video import MediaError, MediaFacts, Video, choose_frames, decode_image
+from smaug_ds.text import IGNORED, TextIds, Tokenizer, mask_tokens
+
+EVALUATION_STEP = -1
+EVALUATION_ORDER: tuple[Medium, ...] = ("video", "image")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and what happens to them on the way to a batch."""
+
+    train: tuple[str, ...] = ()  # folders of indexed shards
+    test: tuple[str, ...] = ()  # folders held out whole; empty: the share ``holdout`` of ``train`` is the test split
+    holdout: float = 0.0  # share of the media of ``train`` kept for testing, 0 to 1
+    tokenizer: str = ""  # vocab.txt or tokenizer.json
+    workers: int = 2  # processes per rank that read and decode; 0: a thread of the rank does
+    prefetch: int = 2  # micro batches that each worker has ready, and as many again on the device
+    dali_threads: int = 2  # threads of the DALI graph per rank; on a GPU also its NVDEC sessions at a time
+    decoder: Literal["auto", "pyav", "nvdec"] = "auto"  # of videos; auto: NVDEC where it works
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the frame's area that a training crop shows
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height of a training crop
+    flip: float = 0.5  # probability; 0 where captions tell left from right
+    shuffle_group: int = 8  # shards shuffled together
+    max_consecutive_failures: int = 10  # candidates for one place of a batch that may fail before the run stops
+    max_failed_share: float = 0.2  # of the latest 1000 samples of a rank that may fail before the run stops
+
+    def __post_init__(self) -> None:
+        limits: list[tuple[str, int, float]] = [
+            ("holdout", 0, 1),
+            ("flip", 0, 1),
+            ("max_failed_share", 0, 1),
+            ("workers", 0, math.inf),
+            ("prefetch", 1, math.inf),
+            ("dali_threads", 1, math.inf),
+            ("shuffle_group", 1, math.inf),
+            ("max_consecutive_failures", 1, math.inf),
+        ]
+        for name, least, most in limits:
+            value = getattr(self, name)
+            if not least <= value <= most:
+                allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ConfigError(f"data.{name} is {value}: it must be {allowed}")
+        pairs: list[tuple[str, tuple[float, float], float]] = [
+            ("crop_scale", self.crop_scale, 1.0),
+            ("crop_ratio", self.crop_ratio, math.inf),
+        ]
+        for name, (low, high), most in pairs:
+            if not 0 < low <= high <= most:
+                raise ConfigError(f"data.{name} is [{low}, {high}]: both must lie above 0 and up to {most}, in order")
+
+
+@dataclass
+class RawBatch:
+    """A batch whose pixels are still missing, with the clips that they are made from."""
+
+    step: int
+    batch: Batch | None  # ``frames`` is empty; None if there is no usable sample
+    clips: PackedClips
+    failures: list[Failure]
+
+
+class PackedClips(NamedTuple):
+    """Clips with all their bytes in one tensor: it travels between processes as one piece of shared memory."""
+
+    data: Tensor  # (bytes,) uint8
+    shapes: list[tuple[int, ...]]  # of each clip's array: (T, H, W, 3) frames or (bytes,) encoded
+    bare: list[Clip]  # the clips without their arrays
+
+    @classmethod
+    def pack(cls, clips: Sequence[Clip]) -> PackedClips:
+        arrays = [clip.frames if clip.frames is not None else clip.encoded for clip in clips]
+        present = [array for array in arrays if array is not None]
+        data = torch.empty(sum(array.size for array in present), dtype=torch.uint8)
+        target, end = data.numpy(), 0
+        for array in present:
+            target[end : end + array.size].reshape(array.shape)[...] = array
+            end += array.size
+        bare = [Clip(clip.window, clip.flip, indices=clip.indices) for clip in clips]
+        return cls(data, [array.shape for array in present], bare)
+
+    def unpack(self) -> list[Clip]:
+        clips, end, data = [], 0, self.data.numpy()
+        for shape, clip in zip(self.shapes, self.bare, strict=True):
+            start, end = end, end + int(np.prod(shape))
+            array = data[start:end].reshape(shape)
+            if clip.indices is None:
+                clips.append(Clip(clip.window, clip.flip, frames=array))
+            else:
+                clips.append(Clip(clip.window, clip.flip, encoded=array, indices=clip.indices))
+        return clips
+
+
+def make_clip(
+    sample: Sample,
+    facts: MediaFacts,
+    frames: int,
+    generator: np.random.Generator | None,
+    flip: bool,
+    window: Callable[[int, int], Window],
+    encoded_codecs: frozenset[str],
+) -> Clip:
+    """Decode ``frames`` frames of the sample, or trim them for NVDEC if it is one of ``encoded_codecs``.
+
+    ``window`` says what to show of a (height, width). Raises MediaError.
+    """
+    if sample.medium == "image":
+        image = decode_image(sample.media)
+        return Clip(window(*image.shape[1:3]), flip, frames=image)
+    video = Video(sample.media)
+    indices = choose_frames(len(video), frames, generator)
+    if facts.codec in encoded_codecs and facts.pixel_format == "yuv420p" and not facts.rotation:
+        trimmed, local = video.trim(indices)
+        encoded = np.frombuffer(trimmed, dtype=np.uint8)
+        return Clip(window(facts.height, facts.width), flip, encoded=encoded, indices=local.astype(np.int32))
+    pixels = video.decode(indices)
+    return Clip(window(*pixels.shape[1:3]), flip, frames=pixels)
+
+
+class _Filled(NamedTuple):
+    sample: Sample
+    clip: Clip
+    draws: Draws
+
+
+class TrainReader(Dataset[RawBatch]):
+    """Item i is micro batch ``i % accumulation`` of step ``i // accumulation`` on this rank. Can be pickled."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        order: Order,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        shape: BatchShape,
+        seed: int,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        encoded_codecs: frozenset[str],
+    ) -> None:
+        self.corpus, self.order, self.tokenizer, self.config = corpus, order, tokenizer, config
+        self.shape, self.seed, self.micro_batch, self.accumulation = shape, seed, micro_batch, accumulation
+        self.rank, self.world_size, self.encoded_codecs = rank, world_size, encoded_codecs
+
+    def __getitem__(self, index: int) -> RawBatch:
+        step, micro_step = divmod(index, self.accumulation)
+        medium, positions = self.order.medium(step), self.order.positions(step)
+        samples: list[Sample] = []
+        clips: list[Clip] = []
+        draws: list[Draws] = []
+        failures: list[Failure] = []
+        for slot in slots(micro_step, self.rank, self.world_size, self.micro_batch):
+            found, failed = self._fill(step, medium, positions[slot])
+            failures += failed
+            if found is None:
+                return RawBatch(step, None, PackedClips.pack([]), failures)
+            samples.append(found.sample)
+            clips.append(found.clip)
+            draws.append(found.draws)
+        captions = [s.captions[int(d.caption * len(s.captions))] for s, d in zip(samples, draws, strict=True)]
+        text = self.tokenizer.encode(captions, self.shape.max_text_length)
+        length = text.input_ids.shape[1]
+        mlm_noise = _stack([draw.mlm_noise[:length] for draw in draws])
+        masked_ids, labels = mask_tokens(text.input_ids, mlm_noise, self.shape.mlm_probability, self.tokenizer)
+        batch = _batch(step, medium, samples, captions, draws, text, masked_ids, labels)
+        return RawBatch(step, batch, PackedClips.pack(clips), failures)
+
+    def _fill(self, step: int, medium: Medium, position: int) -> tuple[_Filled | None, list[Failure]]:
+        """The first usable candidate for ``position``, and the failures before it."""
+        failures: list[Failure] = []
+        frames = self.shape.frames if medium == "video" else 1
+        for attempt in range(self.config.max_consecutive_failures):
+            draws = Draws.of(sample_generator(self.seed, position, medium), self.shape, frames)
+            window = functools.partial(
+                random_resized_crop, scale=self.config.crop_scale, ratio=self.config.crop_ratio, uniform=draws.crop
+            )
+            entry = self.corpus.entry(medium, *self.order.candidate(medium, position, attempt))
+            try:
+                sample = self.corpus.read_sample(entry)
+                flip = draws.flip < self.config.flip
+                clip = make_clip(sample, entry.facts, frames, draws.generator, flip, window, self.encoded_codecs)
+            except (MediaError, ShardError) as error:
+                failures.append(_failure(step, position, entry, error))
+            else:
+                name = f"{entry.shard}/{entry.key}"
+                return _Filled(sample, clip, draws), [dataclasses.replace(f, replaced_by=name) for f in failures]
+        return None, failures
+
+
+class EvalReader(Dataset[RawBatch]):
+    """Item i is batch ``rank + i * world_size`` of the split: its samples in the order of the shards, videos first.
+
+    Which samples share a batch does not depend on the number of ranks. Samples that fail are left out, never replaced.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        shape: BatchShape,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        encoded_codecs: frozenset[str],
+    ) -> None:
+        self.corpus, self.tokenizer, self.shape, self.encoded_codecs = corpus, tokenizer, shape, encoded_codecs
+        batches: list[tuple[Medium, range]] = []
+        for medium in EVALUATION_ORDER:
+            count = corpus.count(medium)
+            batches += [(medium, range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> RawBatch:
+        medium, numbers = self.batches[index]
+        frames = self.shape.frames if medium == "video" else 1
+        samples: list[Sample] = []
+        clips: list[Clip] = []
+        failures: list[Failure] = []
+        for number in numbers:
+            entry = self.corpus.nth(medium, number)
+            try:
+                sample = self.corpus.read_sample(entry)
+                clips.append(make_clip(sample, entry.facts, frames, None, False, centre_crop, self.encoded_codecs))
+                samples.append(sample)
+            except (MediaError, ShardError) as error:
+                failures.append(_failure(EVALUATION_STEP, number, entry, error))
+        if not samples:
+            return RawBatch(EVALUATION_STEP, None, PackedClips.pack([]), failures)
+        captions = [sample.captions[0] for sample in samples]
+        text = self.tokenizer.encode(captions, self.shape.max_text_length)
+        labels = torch.full_like(text.input_ids, IGNORED)
+        neutral = [Draws.neutral(self.shape, frames)] * len(samples)
+        batch = _batch(EVALUATION_STEP, medium, samples, captions, neutral, text, text.input_ids, labels)
+        return RawBatch(EVALUATION_STEP, batch, PackedClips.pack(clips), failures)
+
+
+def _batch(
+    step: int,
+    medium: Medium,
+    samples: Sequence[Sample],
+    captions: list[str],
+    draws: Sequence[Draws],
+    text: TextIds,
+    masked_ids: Tensor,
+    mlm_labels: Tensor,
+) -> Batch:
+    return Batch(
+        step=step,
+        medium=medium,
+        frames=torch.empty(0, dtype=torch.uint8),
+        input_ids=text.input_ids,
+        attention_mask=text.attention_mask,
+        masked_ids=masked_ids,
+        mlm_labels=mlm_labels,
+        media_ids=torch.tensor([stable_hash(sample.media_id) for sample in samples]),
+        patch_noise=_stack([draw.patch_noise for draw in draws]),
+        frame_noise=_stack([draw.frame_noise for draw in draws]),
+        negative_noise=_stack([draw.negative_noise for draw in draws]),
+        keys=[f"{sample.shard}/{sample.key}" for sample in samples],
+        captions=captions,
+        all_captions=[sample.captions for sample in samples],
+    )
+
+
+def _stack(arrays: Sequence[NDArray[np.float32]]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _failure(step: int, position: int, entry: Entry, error: MediaError | ShardError) -> Failure:
+    stage, reason = (error.stage, error.reason) if isinstance(error, MediaError) else ("read", str(error))
+    return Failure(step, position, entry.shard, entry.key, stage, reason)
