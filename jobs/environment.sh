@@ -1,0 +1,23 @@
+# Makes the project's own virtual environment, .venv, or brings it up to date, and activates it. Source from bash.
+# PYTHON names another interpreter than python3 (3.10 to 3.12); SMAUG_VENV another folder for the environment.
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${SMAUG_VENV:-$project/.venv}
+# the stamp holds what the environment was made from; a changed setup.cfg or a moved checkout installs again
+wanted=$(cat "$project/setup.cfg" "$project/pyproject.toml"; echo "$project")
+if [ "$(cat "$venv/.made-from" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing into $venv: some minutes and 6 GB the first time" >&2
+    [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -c 'import sys; v = sys.version_info[:2]; sys.exit(
+        0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: set PYTHON")'
+    "$venv/bin/python" -m pip install --quiet --upgrade pip setuptools wheel 2>&1 | { grep -v '^WARNING' || true; } >&2
+    "$venv/bin/python" -m pip install --quiet --editable "$project[test]" 2>&1 | { grep -v '^WARNING' || true; } >&2
+    printf '%s\n' "$wanted" > "$venv/.made-from"
+fi
+# shellcheck disable=SC1091
+source "$venv/bin/activate"
+
+# Without a GPU DeepSpeed must be told so, and each rank computes on its own cores.
+if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    export DS_ACCELERATOR=cpu
+fi

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The whole line on this machine: corpus -> shards -> two stages of pre-training -> zero-shot retrieval -> report.
+#
+#   bash jobs/quickstart.sh [--data DIR|LIST.json [--media-root DIR]] [--out RUNS] [--clips N] [key=value ...]
+#
+# Without --data it renders the built-in corpus. DIR may hold WebDataset shards (KEY.mp4 KEY.txt KEY.json), or lists
+# video_train.json, image_train.json, video_test.json of {"video": path, "caption": text}; LIST.json is one such list.
+# key=value goes to both stages and wins over jobs/experiments/quickstart_*.yaml. Needs Python 3.10 to 3.12 and a C++
+# compiler; GPUs are used if there are any, else two ranks share the CPU. An interrupted run goes on where it stopped.
+set -euo pipefail
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+data="" media_root="" out="runs/quickstart" clips="" overrides=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --data | --media-root | --out | --clips)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            case "$1" in
+                --data) data=$(realpath -m "$2") ;;
+                --media-root) media_root=$(realpath -m "$2") ;;
+                --out) out=$(realpath -m "$2") ;;
+                --clips) clips=$2 ;;
+            esac
+            shift 2 ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *=*) overrides+=("$1"); shift ;;
+        *) fail "$1 is neither an option nor key=value; see --help" ;;
+    esac
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source jobs/environment.sh
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+started=$(date +%s)
+
+echo "== 1/5 corpus"
+python tools/prepare_corpus.py ${data:+--data "$data"} ${media_root:+--media-root "$media_root"} \
+    ${clips:+--clips "$clips"} --out "$out" --workers "$(nproc)"
+corpus=(); while IFS= read -r line; do corpus+=("$line"); done < "$out/corpus.args"
+
+if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+    ranks=2 engine=(run.deepspeed=ds_configs/cpu.json)
+else
+    ranks=$(python -c 'import torch; print(torch.cuda.device_count())') engine=(run.deepspeed=ds_configs/zero2_bf16.json)
+fi
+
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+launch() { # stage, further key=value: starts or resumes it under the launcher
+    local stage=$1
+    shift
+    deepspeed --num_gpus "$ranks" --master_port "$port" --module smaug_ds.pretrain \
+        --config "jobs/experiments/quickstart_$stage.yaml" run.folder="$out/$stage" \
+        "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}"
+}
+
+echo "== 2/5 stage 1: one frame"
+launch stage1
+echo "== 3/5 stage 2: four frames, two kept"
+launch stage2 run.init_from="$out/stage1"
+echo "== 4/5 pictures"
+python tools/visualise.py "$out/stage2" --out "$out/pictures"
+echo "== 5/5 report"
+python tools/report.py "$out/stage1" "$out/stage2" --pictures "$out/pictures" --started "$started" --out "$out/report.json"

@@ -1,0 +1,179 @@
+"""Run config and DeepSpeed JSON -> engine. The only module that imports deepspeed.
+
+The JSON says how to compute: precision, ZeRO stage, offload, which AdamW. The run config says what to compute: batch
+sizes, learning rate, clipping. Each key has one owner; they meet in ``resolve``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pydantic
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from smaug_ds.config import ConfigError
+from smaug_ds.engine.optim import OptimConfig, parameter_groups
+
+# DeepSpeed ignores a top-level key that it does not know, so a typo would pass in silence.
+KNOWN = (
+    "aio",
+    "autotuning",
+    "bf16",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "data_types",
+    "disable_allgather",
+    "flops_profiler",
+    "fp16",
+    "gradient_predivide_factor",
+    "log_level",
+    "memory_breakdown",
+    "optimizer",
+    "prescale_gradients",
+    "steps_per_print",
+    "timers",
+    "torch_autocast",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+
+OWNED_BY_RUN_CONFIG = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.global_size and batch.micro_size",
+    "gradient_clipping": "optim.gradient_clip",
+    "scheduler": "optim.warmup_epochs, optim.epochs and optim.min_lr",
+    "activation_checkpointing": "model.vision.checkpoint_every and model.text.checkpoint_every",
+    "tensorboard": "run.log_every",
+    "csv_monitor": "run.log_every",
+}
+OPTIMIZER_OWNED_BY_RUN_CONFIG = {name: f"optim.{name}" for name in ("lr", "betas", "eps", "weight_decay")}
+
+
+def load_json(path: str | Path) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON and checks its keys.
+
+    Raises ConfigError naming run.deepspeed, the file and the key: not readable, not JSON, unknown key, a key that the
+    run config owns, a ZeRO stage other than 1 and 2.
+    """
+    source = f"run.deepspeed={path}"
+    try:
+        config = json.loads(Path(path).read_text(), object_pairs_hook=dict_raise_error_on_duplicate_keys)
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{source}: not valid JSON: {_one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{source}: expected a JSON object, found {type(config).__name__}")
+    parameters = config.get("optimizer", {}).get("params", {})
+    owned = OWNED_BY_RUN_CONFIG.items(), OPTIMIZER_OWNED_BY_RUN_CONFIG.items()
+    for keys, section, prefix in ((owned[0], config, ""), (owned[1], parameters, "optimizer.params.")):
+        for key, owner in keys:
+            if key in section:
+                raise ConfigError(f"{source}: {prefix}{key} belongs to the run config: remove it here and set {owner}")
+    for key in config:
+        if key not in KNOWN:
+            close = difflib.get_close_matches(key, KNOWN, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(KNOWN)}"
+            raise ConfigError(f"{source}: unknown key {key}; {hint}")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2):
+        raise ConfigError(f"{source}: zero_optimization.stage is {stage}: it must be 1 or 2")
+    return config
+
+
+def resolve(config: dict[str, Any], optim: OptimConfig, micro_size: int, accumulation: int) -> dict[str, Any]:
+    """The JSON with what the run config owns filled in: all that DeepSpeed is told."""
+    optimizer = config.get("optimizer", {})
+    return config | {
+        "train_micro_batch_size_per_gpu": micro_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.gradient_clip,
+        "optimizer": {
+            "type": optimizer.get("type", "AdamW"),
+            "params": optimizer.get("params", {})
+            | {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay},
+        },
+    }
+
+
+def build_engine(
+    module: nn.Module,
+    path: str | Path,
+    optim: OptimConfig,
+    schedule: Callable[[int], float],
+    micro_size: int,
+    accumulation: int,
+) -> deepspeed.DeepSpeedEngine:
+    """Wraps ``module`` into a ZeRO engine; ``engine.config`` is the resolved DeepSpeed config.
+
+    ``schedule`` maps finished steps to a factor of ``optim.lr``. Needs the process group (``distributed.init``).
+    Raises ConfigError for a bad JSON, see ``load_json``.
+    """
+    config = resolve(load_json(path), optim, micro_size, accumulation)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its shared-memory collectives would be compiled for a minute at start-up; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    try:
+        DeepSpeedConfig(config)
+    except (DeepSpeedConfigError, pydantic.ValidationError) as error:
+        raise ConfigError(f"run.deepspeed={path}: {_one_line(error)}") from error
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=parameter_groups(module, optim.weight_decay),
+        # DeepSpeed's own WarmupCosineLR spends its first two steps at rate 0. The inner lambda keeps LambdaLR from
+        # saving the schedule, which belongs to the config: a run may be resumed with more steps.
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: schedule(step)),
+        config=config,
+    )
+    return engine
+
+
+def zero_stage(engine: deepspeed.DeepSpeedEngine) -> int:
+    """ZeRO stage of the engine, 1 or 2."""
+    return int(engine.zero_optimization_stage())
+
+
+@contextmanager
+def safe_load() -> Iterator[None]:
+    """Within it ``engine.load_checkpoint`` unpickles tensors and a few named classes only.
+
+    DeepSpeed asks torch for ``weights_only=False``; this environment variable of torch's overrules it.
+    """
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ[_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[_WEIGHTS_ONLY] = before
+
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,155 @@
+"""THE loop, and the config of a pre-training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from smaug_ds import distributed
+from smaug_ds.config import ConfigError
+from smaug_ds.data.loader import DataConfig
+from smaug_ds.data.order import Order
+from smaug_ds.data.sample import Batch
+from smaug_ds.engine.monitor import Monitor, non_finite
+from smaug_ds.engine.optim import OptimConfig
+from smaug_ds.engine.preempt import StopRequest
+from smaug_ds.evaluation.retrieval import RetrievalConfig
+from smaug_ds.losses import LossConfig
+from smaug_ds.model.smaug import ModelConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, how long it is and how often it does what."""
+
+    folder: str = "runs/pretrain"  # everything that the run writes; an existing run in it is resumed
+    seed: int = 0  # of weights, order and every random draw
+    init_from: str | None = None  # run folder or checkpoint whose weights to start from, e.g. the single-frame stage
+    deepspeed: str = "ds_configs/zero2_bf16.json"  # DeepSpeed JSON: precision, ZeRO stage, implementation of AdamW
+    max_steps: int = 0  # optimizer steps of the whole run; 0: optim.epochs decides
+    log_every: int = 10  # steps
+    save_every: int = 1000  # steps; 0: only at the end
+    keep_checkpoints: int = 2  # the older ones are removed
+    picture_every: int = 1000  # steps; 0: never
+    evaluate_every: int = 0  # steps; 0: only at the end
+    timeout_seconds: float = 1800.0  # a rank that waits longer for the others gives up
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "max_steps", "save_every", "picture_every", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"run.{name} is {getattr(self, name)}: it must be at least 0")
+        for name in ("log_every", "keep_checkpoints", "timeout_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"run.{name} is {getattr(self, name)}: it must be above 0")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Sizes of a step; with the number of ranks they fix the gradient accumulation."""
+
+    global_size: int = 256  # samples of an optimizer step over all ranks
+    micro_size: int = 32  # samples of one forward pass on one rank
+
+    def __post_init__(self) -> None:
+        for name in ("global_size", "micro_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"batch.{name} is {getattr(self, name)}: it must be at least 1")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro steps of a step. Raises ConfigError when the global batch cannot be divided so."""
+        at_once = self.micro_size * world_size
+        if self.global_size % at_once:
+            raise ConfigError(
+                f"batch.global_size is {self.global_size}, not a multiple of {at_once} = "
+                f"batch.micro_size {self.micro_size} * {world_size} ranks: change batch.global_size or batch.micro_size"
+            )
+        return self.global_size // at_once
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """All settings of pre-training; what DeepSpeed is told beside them is in the JSON named by ``run.deepspeed``."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What the loop does now and then."""
+
+    save: Callable[[int], object]  # writes the checkpoint of so many finished steps
+    evaluate: Callable[[int], object]  # measures the model after so many finished steps
+    draw: Callable[[Batch], Mapping[str, np.ndarray]]  # pictures (H, W, 3) uint8; called on the main rank alone
+
+
+def train(
+    engine: Any,
+    batches: Iterable[Batch],
+    order: Order,
+    config: RunConfig,
+    total_steps: int,
+    accumulation: int,
+    monitor: Monitor,
+    stop: StopRequest,
+    actions: Actions,
+) -> int:
+    """Trains from ``monitor.first_step`` to ``total_steps`` or until a rank is told to stop; saves in either case.
+
+    Returns the number of finished steps. Raises NonFiniteError on all ranks, before the optimizer steps, when a loss
+    or the gradient is no longer finite (in fp16 DeepSpeed's loss scaler skips such steps instead).
+    """
+    micro_batches = iter(batches)
+    fp16 = engine.fp16_enabled()
+    for step in range(monitor.first_step, total_steps):
+        done, lr = step + 1, engine.get_lr()[0]
+
+        for micro_step in range(accumulation):
+            # ---- batch: of one medium on all ranks, since ZeRO's gradient buckets have to fill alike
+            with monitor.time("data"):
+                batch = next(micro_batches).to(engine.device)
+            assert (batch.step, batch.medium) == (step, order.medium(step)), f"batch of step {batch.step} in {step}"
+
+            # ---- forward
+            with monitor.time("forward"):
+                losses = engine(batch)
+
+            # ---- losses
+            monitor.meters.add(batch.medium, losses)
+            monitor.finite.add(losses)
+
+            # ---- backward and step
+            with monitor.time("backward"):
+                engine.backward(losses["loss"])
+            if micro_step + 1 == accumulation and not fp16:
+                monitor.finite.require(step)
+            with monitor.time("step"):
+                engine.step()  # updates at the end of the accumulation, and only if the gradient is finite
+        if not fp16 and not engine.was_step_applied():
+            raise non_finite(step, ["gradient"])
+
+        # ---- log
+        if done % config.log_every == 0 or done == total_steps:
+            monitor.log(done, {"lr": lr, "gradient_norm": float(engine.get_global_grad_norm())})
+        if config.picture_every and done % config.picture_every == 0 and distributed.is_main():
+            monitor.pictures(done, actions.draw(batch))
+
+        # ---- evaluate
+        if config.evaluate_every and done % config.evaluate_every == 0 and done < total_steps:
+            actions.evaluate(done)
+
+        # ---- save and stop
+        stopping = distributed.any_rank(stop.requested)
+        if stopping or done == total_steps or (config.save_every and done % config.save_every == 0):
+            actions.save(done)
+        if stopping:
+            return done
+    return total_steps

@@ -1,0 +1,135 @@
+"""The clips and texts of a split, encoded: each rank its share of the clips, texts dealt out in batches and gathered.
+
+Letters: Q texts, C clips, B rows of one batch, T frames, K tokens of a frame, L text tokens, D width, P projection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from smaug_ds import distributed
+from smaug_ds.data.sample import Batch
+from smaug_ds.model.smaug import SmaugModel, TextOutput, VisualOutput
+from smaug_ds.text import Tokenizer
+
+
+class Clips(NamedTuple):
+    """One encoded batch of this rank, waiting in host memory for its texts."""
+
+    keys: list[str]
+    media_ids: NDArray[np.int64]  # (B,)
+    captions: list[tuple[str, ...]]
+    embedding: NDArray[np.float32]  # (B, P)
+    visual: VisualOutput  # tokens only
+
+
+class Gallery(NamedTuple):
+    """What every rank knows of the clips of all ranks, in the order of their keys: it does not tell who read them."""
+
+    keys: list[str]
+    media_ids: NDArray[np.int64]  # (C,)
+    captions: list[tuple[str, ...]]
+    embedding: NDArray[np.float32]  # (C, P)
+
+
+def encode_clips(model: SmaugModel, loader: Iterable[Batch]) -> list[Clips]:
+    """All batches of this rank's ``loader``, encoded without a mask."""
+    clips = []
+    for batch in progress(loader, "encode"):
+        visual = model.encode_frames(batch.frames.to(device_of(model)), None)
+        clips.append(
+            Clips(
+                batch.keys,
+                batch.media_ids.cpu().numpy(),
+                batch.all_captions,
+                visual.embedding.float().cpu().numpy(),
+                only_tokens(visual, visual.tokens.cpu()),
+            )
+        )
+    return clips
+
+
+def gather_gallery(clips: list[Clips]) -> Gallery:
+    """Everything but the tokens from all ranks. Each clip has to be on one rank only; there may be none at all."""
+    own = [(batch.keys, batch.media_ids, batch.captions, batch.embedding) for batch in clips]
+    batches = [batch for share in distributed.gather_objects(own) for batch in share]
+    rows = [row for batch in batches for row in zip(*batch, strict=True)]
+    rows.sort(key=lambda row: row[0])
+    if not rows:
+        return Gallery([], np.zeros(0, np.int64), [], np.zeros((0, 0), np.float32))
+    keys, media_ids, captions, embedding = zip(*rows, strict=True)
+    assert len(set(keys)) == len(keys), "the loader gave a clip to two ranks, or twice to one"
+    return Gallery(list(keys), np.array(media_ids), list(captions), np.stack(embedding))
+
+
+def only_tokens(visual: VisualOutput, tokens: Tensor) -> VisualOutput:
+    """``visual`` with ``tokens`` (B, T, K, D), and without what only the pixel decoder and pictures need."""
+    nothing = tokens[:, :0]
+    return dataclasses.replace(
+        visual,
+        tokens=tokens,
+        embedding=nothing,
+        spatial_tokens=nothing,
+        kept_ids=nothing,
+        visible_ids=None,
+        masked_ids=None,
+        layer_ids=[],
+    )
+
+
+def encode_texts(
+    model: SmaugModel, texts: list[str], tokenizer: Tokenizer, batch_size: int, with_states: bool = True
+) -> TextOutput:
+    """States (Q, L, D), mask (Q, L) and fp32 embedding (Q, P) of all texts, in host memory of every rank.
+
+    The batches are fixed and dealt out to the ranks in turn. Without ``with_states`` the states are empty (D = 0),
+    for those who need the embedding only.
+    """
+    device = device_of(model)
+    own: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for start in range(distributed.rank() * batch_size, len(texts), distributed.world_size() * batch_size):
+        ids = tokenizer.encode(texts[start : start + batch_size], model.config.text.max_length)
+        text = model.encode_text(ids.input_ids.to(device), ids.attention_mask.to(device))
+        states = text.states if with_states else text.states[:, :, :0]
+        own[start] = (states.cpu(), ids.attention_mask, text.embedding.float().cpu())
+    parts = {start: part for share in distributed.gather_objects(own) for start, part in share.items()}
+    batches = [parts[start] for start in sorted(parts)]
+    longest = max(mask.shape[1] for _, mask, _ in batches)
+    return TextOutput(
+        states=torch.cat([_padded(states, longest) for states, _, _ in batches]),
+        mask=torch.cat([_padded(mask, longest) for _, mask, _ in batches]),
+        embedding=torch.cat([embedding for _, _, embedding in batches]),
+    )
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """(B, l, ...) -> (B, length, ...), zeros at the end."""
+    padding = rows.new_zeros((rows.shape[0], length - rows.shape[1], *rows.shape[2:]))
+    return torch.cat([rows, padding], dim=1)
+
+
+def texts_at(texts: TextOutput, rows: Tensor, device: torch.device) -> TextOutput:
+    """Texts ``rows`` on ``device``, cut to the longest of them."""
+    longest = int(texts.mask[rows].sum(dim=1).max())
+    picked = texts.index(rows)
+    return TextOutput(
+        picked.states[:, :longest].to(device), picked.mask[:, :longest].to(device), picked.embedding.to(device)
+    )
+
+
+def device_of(model: SmaugModel) -> torch.device:
+    """Where the model's weights are."""
+    return next(model.parameters()).device
+
+
+def progress(items: Iterable[Any], name: str) -> Iterator[Any]:
+    """A bar on the main rank's terminal, nothing in log files."""
+    return iter(tqdm(items, desc=name, leave=False, disable=None if distributed.is_main() else True))

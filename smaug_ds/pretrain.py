@@ -1,0 +1,260 @@
+"""Pre-trains SMAUG: either stage, any number of ranks.
+
+    deepspeed --module smaug_ds.pretrain --config FILE key=value ...
+
+A run in ``run.folder`` that was broken off goes on from its last checkpoint. Exit codes: 0 finished, 85 told to stop
+and saved (start it again), 2 a setting is wrong, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from smaug_ds import distributed
+from smaug_ds.config import ConfigError, add_arguments, dump, parse, to_dict
+from smaug_ds.data.index import Corpus
+from smaug_ds.data.loader import DataError, EvalLoader, TrainLoader
+from smaug_ds.data.order import Order
+from smaug_ds.data.quarantine import Ledger, read_ledgers
+from smaug_ds.data.sample import MEDIA, BatchShape, Medium
+from smaug_ds.engine import checkpoint
+from smaug_ds.engine.deepspeed import build_engine, zero_stage
+from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
+from smaug_ds.engine.objectives import Pretraining
+from smaug_ds.engine.optim import Schedule
+from smaug_ds.engine.pictures import make_pictures
+from smaug_ds.engine.preempt import EXIT_CODE, StopRequest
+from smaug_ds.engine.train import Actions, PretrainConfig, train
+from smaug_ds.evaluation.retrieval import evaluate
+from smaug_ds.model.smaug import SmaugModel
+from smaug_ds.text import Tokenizer
+
+# Settings that a checkpoint fixes: a run that went on with others would not be the same run.
+FIXED = ("run.seed", "batch", "model", "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code. What a user can mend is one line on standard error."""
+    parser = argparse.ArgumentParser(prog="smaug_ds.pretrain", description="Pre-trains SMAUG.")
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return pretrain(parse(PretrainConfig, options.config, options.overrides))
+    except (ConfigError, DataError, NonFiniteError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        distributed.shutdown()
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Does or resumes the run that ``config`` describes; returns 0, or 85 when told to stop before the end.
+
+    Raises ConfigError for what a setting can mend, DataError when too many samples fail, NonFiniteError when training
+    has diverged.
+    """
+    # ---- environment
+    distributed.init(config.run.timeout_seconds)
+    stop = StopRequest().install()
+    device, folder = distributed.device(), Path(config.run.folder)
+    seed, micro_size = config.run.seed, config.batch.micro_size
+    accumulation = config.batch.accumulation(distributed.world_size())
+
+    # ---- data
+    with blaming("data.tokenizer"):
+        tokenizer = Tokenizer(config.data.tokenizer)
+    config = with_vocabulary(config, tokenizer.vocab_size)
+    with blaming("data.train"):
+        corpus = Corpus.open(config.data.train, config.data.holdout, "train")
+    order = Order(corpus.sizes(), config.batch.global_size, seed, config.data.shuffle_group)
+    schedule = Schedule.of(config.optim, order.steps_per_epoch, config.run.max_steps)
+    shape = batch_shape(config)
+    ledger = Ledger(folder / "quarantine", distributed.rank())
+    loader = TrainLoader(corpus, order, tokenizer, config.data, shape, seed, micro_size, accumulation, device, ledger)
+    held_out = open_held_out(config, tokenizer, shape, device)
+
+    # ---- checkpoint to resume from: looked at before anything slow
+    samples = {medium: order.samples(medium) for medium in MEDIA}
+    state: dict[str, Any] = {}
+    with blaming("run.folder"):
+        latest = checkpoint.latest(folder / "checkpoints")
+        if latest:
+            state = checkpoint.read_state(latest)
+            check_resumable(state, config, samples, latest)
+
+    # ---- model
+    torch.manual_seed(seed)
+    model = SmaugModel(config.model)
+    if config.run.init_from and not latest:
+        with blaming("run.init_from"):
+            say(
+                f"{config.run.init_from}: {checkpoint.initialise(model, checkpoint.load_weights(config.run.init_from))}"
+            )
+
+    # ---- engine
+    module = Pretraining(model, config.loss)
+    engine = build_engine(module, config.run.deepspeed, config.optim, schedule, micro_size, accumulation)
+    torch.manual_seed(seed * 1000 + distributed.rank())  # dropout differs between ranks
+    write_configs(folder, config, engine)
+
+    # ---- resume
+    first_step, seconds = state.get("step", 0), state.get("wall_seconds", 0.0)
+    truncate_lines(ledger.path, first_step - 1)
+    monitor = Monitor(folder, device, schedule.total_steps, order.global_batch, first_step, seconds)
+    if latest:
+        rank_state = checkpoint.restore(engine, latest)
+        loader.load_state_dict(state["loader"])
+        monitor.meters.load_state_dict(rank_state["meters"], device)
+        say(f"resumed from {latest}")
+
+    # ---- loop
+    def save(step: int) -> None:
+        run_state = {
+            "loader": loader.state_dict(),
+            "samples": samples,
+            "quarantine": [dataclasses.asdict(failure) for failure in read_ledgers(ledger.path.parent)],
+            "wall_seconds": monitor.wall_seconds(),
+            "config": to_dict(config),
+        }
+        own = {"meters": monitor.meters.state_dict()}
+        keep = config.run.keep_checkpoints
+        checkpoint.save(engine, folder / "checkpoints", step, run_state, own, model, to_dict(config.model), keep)
+
+    def retrieval(step: int) -> dict[str, Any]:
+        if held_out is None:
+            return {}
+        result = evaluate(model, held_out, tokenizer, config.evaluation, f"{folder} ({step} steps)")
+        say(result.table())
+        report = result.report()
+        monitor.scalars(step, {f"retrieval/{k}": v for k, v in report.items() if isinstance(v, (int, float))})
+        return report
+
+    steps_told = f"{order.steps_per_epoch} steps of {order.global_batch} per epoch, {schedule.total_steps} in all"
+    say(f"{len(corpus)} samples, {steps_told}; decoder {loader.decoder}")
+    actions = Actions(save=save, evaluate=retrieval, draw=lambda batch: make_pictures(model, batch))
+    with loader:
+        steps = train(engine, loader, order, config.run, schedule.total_steps, accumulation, monitor, stop, actions)
+    if steps < schedule.total_steps:
+        say(f"told to stop: saved after step {steps} of {schedule.total_steps}, start it again to go on")
+        monitor.close()
+        return EXIT_CODE
+
+    # ---- what came of it
+    summary = {
+        **monitor.summary(),
+        "world_size": distributed.world_size(),
+        "zero_stage": zero_stage(engine),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "decoder": str(loader.decoder),
+        "quarantined": len({(failure.shard, failure.key) for failure in read_ledgers(ledger.path.parent)}),
+        "retrieval": retrieval(steps),
+    }
+    if distributed.is_main():
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    monitor.close()
+    return 0
+
+
+def with_vocabulary(config: PretrainConfig, vocab_size: int) -> PretrainConfig:
+    """The config with the tokenizer's vocabulary size in ``model.text.vocab_size``; ConfigError if it names another."""
+    text = config.model.text
+    if text.vocab_size not in (0, vocab_size):
+        raise ConfigError(
+            f"model.text.vocab_size is {text.vocab_size}, but data.tokenizer {config.data.tokenizer} has {vocab_size} "
+            "entries: leave out model.text.vocab_size or name the tokenizer that belongs to it"
+        )
+    text = dataclasses.replace(text, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+
+
+def batch_shape(config: PretrainConfig) -> BatchShape:
+    """What model and objectives need of a batch."""
+    return BatchShape(
+        frames=config.model.frames,
+        image_size=config.model.vision.image_size,
+        patches=config.model.vision.patches,
+        max_text_length=config.model.text.max_length,
+        mlm_probability=config.loss.mlm_probability,
+    )
+
+
+def open_held_out(
+    config: PretrainConfig, tokenizer: Tokenizer, shape: BatchShape, device: torch.device
+) -> EvalLoader | None:
+    """The clips that retrieval is evaluated on, or None if the run holds none out."""
+    data, split = config.data, config.evaluation.split
+    if split == "test" and not data.test and not data.holdout:
+        say("no evaluation: neither data.test nor data.holdout is set")
+        return None
+    whole = split == "test" and bool(data.test)  # a folder named data.test is a test set as it is
+    with blaming("data.test" if whole else "data.train"):
+        corpus = Corpus.open(data.test if whole else data.train, 1.0 if whole else data.holdout, split)
+    ledger = Ledger(Path(config.run.folder) / "evaluation", distributed.rank())
+    return EvalLoader(corpus, tokenizer, data, shape, config.evaluation.batch_size, device, ledger)
+
+
+def check_resumable(
+    state: Mapping[str, Any], config: PretrainConfig, samples: Mapping[Medium, int], latest: Path
+) -> None:
+    """Raises ConfigError naming the first setting that differs from the checkpoint's and may not."""
+    before, now = flat(state["config"]), flat(to_dict(config))
+    for key, value in now.items():
+        fixed = key.startswith(FIXED) and not key.endswith(".checkpoint_every")
+        if fixed and key in before and before[key] != value:
+            raise ConfigError(
+                f"{key} is {value}, but {latest} was made with {before[key]}: set it back, or start anew in another "
+                "run.folder with run.init_from"
+            )
+    if state["samples"] != samples:
+        raise ConfigError(f"data.train holds {samples} samples, but {latest} was made with {state['samples']}")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one of dotted keys."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
+
+
+def write_configs(folder: Path, config: PretrainConfig, engine: Any) -> None:
+    """Leaves the whole run config and the whole DeepSpeed config in the run folder."""
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        dump(config, folder / "config.yaml")
+        (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=2) + "\n", encoding="utf-8")
+    distributed.barrier()
+
+
+def say(text: str) -> None:
+    """Prints on the main rank, above a progress bar if there is one."""
+    if distributed.is_main():
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+@contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """Turns what is wrong with a file or folder into a ConfigError that names the setting it came from."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
