@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         folder, config = read_config(options.checkpoint, options.data, options.overrides)
+        distributed.init(TIMEOUT_SECONDS)
         run(folder, config, Path(options.out) if options.out else Path(options.checkpoint) / "retrieval.json")
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -84,7 +85,6 @@ def run(folder: Path, config: EvaluateConfig, out: Path) -> RetrievalResult:
 
     Raises ConfigError when checkpoint, tokenizer or shards cannot be used.
     """
-    distributed.init(TIMEOUT_SECONDS)
     model, tokenizer = load_model(folder, config)
     ledger = Ledger(out.parent / "evaluation", distributed.rank())
     loader = open_loader(config, tokenizer, ledger)

@@ -78,7 +78,8 @@ def pretrain(config: PretrainConfig) -> int:
     config = with_vocabulary(config, tokenizer.vocab_size)
     with blaming("data.train"):
         corpus = Corpus.open(config.data.train, config.data.holdout, "train")
-    order = Order(corpus.sizes(), config.batch.global_size, seed, config.data.shuffle_group)
+    sizes = {medium: counts.tolist() for medium, counts in corpus.sizes().items()}
+    order = Order(sizes, config.batch.global_size, seed, config.data.shuffle_group)
     schedule = Schedule.of(config.optim, order.steps_per_epoch, config.run.max_steps)
     shape = batch_shape(config)
     ledger = Ledger(folder / "quarantine", distributed.rank())

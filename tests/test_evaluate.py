@@ -65,14 +65,15 @@ def test_writes_report_and_table(run_folder: Path, capsys: pytest.CaptureFixture
     assert "32 texts, 32 clips" in printed and "no clip left out" in printed and "retrieval.json" in printed
 
 
-def evaluate_on_rank(run_folder: str, out: str) -> int:
-    return evaluate.main(["--checkpoint", run_folder, "evaluation.rerank_depth=5", "--out", out, "data.prefetch=1"])
+def evaluate_on_rank(run_folder: Path, out: Path) -> float:
+    folder, config = evaluate.read_config(str(run_folder), None, ["evaluation.rerank_depth=5"])
+    return evaluate.run(folder, config, out).mean_rank
 
 
 def test_two_ranks_equal_one(run_folder: Path, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
-    assert evaluate_on_rank(str(run_folder), str(alone)) == 0
-    assert run_ranks(evaluate_on_rank, 2, str(run_folder), str(together)) == [0, 0]
+    mean_rank = evaluate_on_rank(run_folder, alone)
+    assert run_ranks(evaluate_on_rank, 2, run_folder, together) == [mean_rank] * 2
     assert json.loads(alone.read_text()) == json.loads(together.read_text())
 
 

@@ -94,7 +94,7 @@ def test_only_matrices_decay() -> None:
     kept_names = {names[id(parameter)] for parameter in kept["params"]}
     assert not decayed_names & kept_names
     assert decayed_names | kept_names == set(names.values()) - {"match_head.weight"}
-    for name in ("vision.patch_embedding.weight", "vision_projection.weight", "pixel_decoder.layers.0.mlp.fc1.weight"):
+    for name in ("vision.patch_embedding.weight", "vision_projection.weight", "fusion.layers.0.mlp.fc1.weight"):
         assert name in decayed_names
     expected = {name for name in names.values() if name.endswith(".bias") or "norm" in name or "embedding.word" in name}
     expected |= {"vision.class_token", "vision.position_embedding", "temporal.position_embedding", "logit_scale"}

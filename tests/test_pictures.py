@@ -11,7 +11,7 @@ import torch
 from smaug_ds.data.sample import Batch
 from smaug_ds.engine import pictures
 from smaug_ds.engine.pictures import GREEN, LARGEST, MARGIN, Tile, chosen_frames, make_pictures, retrieval_sheet, sheet
-from smaug_ds.model.smaug import SmaugModel
+from smaug_ds.model.smaug import SmaugModel, VisualOutput
 from tests.models import random_batch, small_config, small_model
 
 
@@ -60,10 +60,19 @@ def test_kept_tokens_even_if_inference_keeps_all(batch: Batch) -> None:
 def test_reconstruction_keeps_what_was_seen(
     model: SmaugModel, batch: Batch, monkeypatch: pytest.MonkeyPatch, normalise: bool
 ) -> None:
-    """A decoder that predicts its targets exactly gives the original back, and masked tiles hide masked patches."""
+    """A decoder that predicts masked patches exactly, and nonsense elsewhere, gives the original back; masked tiles
+    hide masked patches."""
     decoder = dataclasses.replace(model.config.decoder, normalise_targets=normalise)
     model.config = dataclasses.replace(model.config, decoder=decoder)
-    monkeypatch.setattr(model, "reconstruct", lambda visual: model.pixel_targets(batch.frames[:4]))
+
+    def reconstruct(visual: VisualOutput) -> torch.Tensor:
+        predicted = model.pixel_targets(batch.frames[:4])
+        assert visual.visible_ids is not None
+        for sample, seen in enumerate(visual.visible_ids):
+            predicted[sample, :, seen] = 9.0
+        return predicted
+
+    monkeypatch.setattr(model, "reconstruct", reconstruct)
     rows = []
     monkeypatch.setattr(pictures, "sheet", lambda shown, headings=(): rows.extend(shown) or plain(0))
     made = make_pictures(model, dataclasses.replace(batch, captions=[""] * 5))

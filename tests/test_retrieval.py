@@ -149,6 +149,7 @@ def test_report_says_its_conditions(tokenizer: Tokenizer) -> None:
     assert report["t2v_r1"] == result.t2v_r1 and report["dual_encoder"]["t2v_r1"] == result.dual_encoder.t2v_r1
     assert report["protocol"] == {
         "split": "test",
+        "media": {"video": 11},
         "frames": 3,
         "frames_kept": 1,
         "image_size": 32,

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from smaug_ds.config import ConfigError
-from smaug_ds.data import toy
-from smaug_ds.data.toy import ToyConfig, draw_scene, render_corpus, write_words
+from smaug_ds.data import toy, toy_scene
+from smaug_ds.data.toy import render_corpus
+from smaug_ds.data.toy_scene import ToyConfig, draw_scene
+from smaug_ds.data.toy_words import describe, write_words
 from smaug_ds.text import Tokenizer
 
 MEANINGS = {
@@ -44,7 +46,7 @@ MEANINGS = {
     "disappears": "disappear",
     "vanishes": "disappear",
 }
-OBJECT = rf"(?:(small|large) )?({'|'.join(toy.COLOURS)}) ({'|'.join(toy.SHAPES)})"
+OBJECT = rf"(?:(small|large) )?({'|'.join(toy_scene.COLOURS)}) ({'|'.join(toy_scene.SHAPES)})"
 
 
 class Facts(NamedTuple):
@@ -64,7 +66,7 @@ def read_caption(caption: str) -> Facts:
     """The claims of a caption, from its words alone."""
     actions = "|".join(sorted(MEANINGS, key=len, reverse=True))
     place = re.search("at the ((?:top|bottom) (?:left|right))", caption)
-    background = re.search(rf" on ({'|'.join(toy.BACKGROUNDS)})$", caption)
+    background = re.search(rf" on ({'|'.join(toy_scene.BACKGROUNDS)})$", caption)
     assert place and background, caption
     if acting := re.search(rf"{OBJECT} ({actions})\b", caption):
         *main, action = acting.groups()
@@ -95,7 +97,9 @@ class Blob(NamedTuple):
 
 def find_blob(frame: np.ndarray, colour: str, others: list[tuple[int, int, int]]) -> Blob | None:
     """Where and how large the object of that colour is in a (96, 96, 3) frame, and its shape; ``others`` lie near."""
-    distances = np.stack([np.linalg.norm(frame - np.array(rgb), axis=-1) for rgb in (toy.COLOURS[colour], *others)])
+    distances = np.stack(
+        [np.linalg.norm(frame - np.array(rgb), axis=-1) for rgb in (toy_scene.COLOURS[colour], *others)]
+    )
     near = (distances.argmin(axis=0) == 0) & (distances[0] < 75)
     if near.sum() < 30:
         return None
@@ -148,8 +152,14 @@ def see_shape(blobs: list[Blob | None]) -> str:
 def look(frames: np.ndarray, claimed: Facts, moving: bool) -> Facts:
     """What the frames show of the two colours that the caption names."""
     border = np.concatenate([frames[:, :3].reshape(-1, 3), frames[:, -3:].reshape(-1, 3)]).mean(axis=0)
-    background = min(toy.BACKGROUNDS, key=lambda name: float(np.linalg.norm(border - toy.BACKGROUNDS[name])))
-    rgb, rgb2, behind = toy.COLOURS[claimed.colour], toy.COLOURS[claimed.colour2], toy.BACKGROUNDS[background]
+    background = min(
+        toy_scene.BACKGROUNDS, key=lambda name: float(np.linalg.norm(border - toy_scene.BACKGROUNDS[name]))
+    )
+    rgb, rgb2, behind = (
+        toy_scene.COLOURS[claimed.colour],
+        toy_scene.COLOURS[claimed.colour2],
+        toy_scene.BACKGROUNDS[background],
+    )
     mains = [find_blob(frame, claimed.colour, [rgb2, behind]) for frame in frames]
     seconds = [find_blob(frame, claimed.colour2, [rgb, behind]) for frame in frames]
     second = seconds[0]
@@ -266,8 +276,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_train_and_test_share_no_appearance_and_cover_all() -> None:
-    train, test = (set(toy.appearances(split)) for split in ("video_train", "video_test"))
-    assert set(toy.appearances("image_train")) == train
+    train, test = (set(toy_scene.appearances(split)) for split in ("video_train", "video_test"))
+    assert set(toy_scene.appearances("image_train")) == train
     assert not train & test
     assert len(train | test) == 8 * 6 * 7 * 5 * 4
     assert 0.1 < len(test) / len(train | test) < 0.15
@@ -277,7 +287,7 @@ def test_train_and_test_share_no_appearance_and_cover_all() -> None:
 def test_captions_keep_to_their_split_and_test_captions_are_all_different(seed: int) -> None:
     config = ToyConfig(seed=seed)
     seen: dict[str, set[tuple[str | None, ...]]] = {}
-    for split in toy.SPLITS:
+    for split in toy_scene.SPLITS:
         words = [write_words(config, split, number).captions for number in range(1500)]
         facts = [{read_caption(caption) for caption in captions} for captions in words]
         assert all(len(claims) == 1 for claims in facts)  # several captions of a clip say the same
@@ -290,8 +300,8 @@ def test_captions_keep_to_their_split_and_test_captions_are_all_different(seed: 
 
 def test_every_combination_is_used_before_one_comes_again() -> None:
     config = ToyConfig(seed=5)
-    everything = len(toy.appearances("video_test")) * len(toy.MOTIONS)
-    captions = [toy.describe(draw_scene(config, "video_test", number), 0, 0) for number in range(everything)]
+    everything = len(toy_scene.appearances("video_test")) * len(toy_scene.MOTIONS)
+    captions = [describe(draw_scene(config, "video_test", number), 0, 0) for number in range(everything)]
     assert len(set(captions)) == everything
 
 
@@ -302,7 +312,9 @@ def test_vocabulary_spells_every_caption_question_and_answer(toy_media: Path) ->
     pieces = (toy_media / "vocab.txt").read_text().splitlines()
     assert pieces[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert len(set(pieces)) == len(pieces) < 256
-    captions = [c for split in toy.SPLITS for row in read_list(toy_media, f"{split}.json") for c in captions_of(row)]
+    captions = [
+        c for split in toy_scene.SPLITS for row in read_list(toy_media, f"{split}.json") for c in captions_of(row)
+    ]
     captions += [c for row in read_list(toy_media, "mc_test.json") for c in row["caption"]]
     asked = [row for part in ("train", "test") for row in read_list(toy_media, f"qa_{part}.json")]
     texts = captions + [row["question"] for row in asked] + [row["answer"] for row in asked]
@@ -317,7 +329,7 @@ def test_images_have_no_words_of_time(toy_media: Path) -> None:
     captions = [caption for row in read_list(toy_media, "image_train.json") for caption in captions_of(row)]
     still = {word for caption in captions for word in caption.split()}
     words = {"a", "an", "and", "at", "on", "the", "there", "is", "top", "bottom", "left", "right"}
-    assert still <= {*toy.COLOURS, *toy.SHAPES, *toy.RADII, *toy.BACKGROUNDS, *words}
+    assert still <= {*toy_scene.COLOURS, *toy_scene.SHAPES, *toy_scene.RADII, *toy_scene.BACKGROUNDS, *words}
 
 
 def answer(question: str, facts: Facts) -> str | None:
@@ -325,7 +337,7 @@ def answer(question: str, facts: Facts) -> str | None:
     of_shape = {facts.shape: facts.colour, facts.shape2: facts.colour2}
     of_colour = {facts.colour: facts.shape, facts.colour2: facts.shape2}
     main = f"{facts.colour} {facts.shape}"
-    if match := re.fullmatch(rf"what colour is the ({'|'.join(toy.SHAPES)})\?", question):
+    if match := re.fullmatch(rf"what colour is the ({'|'.join(toy_scene.SHAPES)})\?", question):
         return of_shape[match[1]]
     if match := re.fullmatch(r"what shape is the (\w+) object\?", question):
         return of_colour[match[1]]
@@ -354,7 +366,7 @@ def test_answers_follow_from_the_captions(toy_media: Path, part: str) -> None:
 
 def test_every_kind_of_question_is_asked(config: ToyConfig) -> None:
     asked = {q for n in range(400) for q, _ in write_words(config, "video_train", n).questions}
-    kinds = {re.sub("|".join([*toy.COLOURS, *toy.SHAPES]), "_", question) for question in asked}
+    kinds = {re.sub("|".join([*toy_scene.COLOURS, *toy_scene.SHAPES]), "_", question) for question in asked}
     assert len(kinds) == 9
 
 
@@ -382,7 +394,7 @@ def test_one_choice_is_true_and_the_words_alone_do_not_tell_which(toy_media: Pat
 
 
 @pytest.mark.parametrize("split", ["video_train", "video_test"])
-def test_clips_show_what_their_captions_say(toy_media: Path, config: ToyConfig, split: toy.Split) -> None:
+def test_clips_show_what_their_captions_say(toy_media: Path, config: ToyConfig, split: toy_scene.Split) -> None:
     rows = read_list(toy_media, f"{split}.json")
     codecs = set()
     for number, row in enumerate(rows):
@@ -426,9 +438,9 @@ def test_half_of_the_clips_hide_a_quarter_and_never_the_event(config: ToyConfig)
     assert len({scene.distractors.start for scene in hiding}) > config.frames // 2
 
 
-def scene_at(scene: toy.Scene, frame: int) -> bool:
+def scene_at(scene: toy_scene.Scene, frame: int) -> bool:
     """Whether the main object is to be seen in that frame of 24."""
-    return toy.main_object(scene, frame, 24)[2] > 0
+    return toy_scene.main_object(scene, frame, 24)[2] > 0
 
 
 def test_objects_keep_from_the_border_and_from_each_other(config: ToyConfig) -> None:
@@ -436,9 +448,9 @@ def test_objects_keep_from_the_border_and_from_each_other(config: ToyConfig) -> 
         for split in ("video_train", "image_train"):
             scene = draw_scene(config, split, number)
             for frame in range(24):
-                x, y, radius = toy.main_object(scene, frame, 24)
+                x, y, radius = toy_scene.main_object(scene, frame, 24)
                 assert min(x, y) - radius > 3.9 and max(x, y) + radius < 92.1
-                gap = np.hypot(x - scene.centre2[0], y - scene.centre2[1]) - radius - toy.SECOND_RADIUS
+                gap = np.hypot(x - scene.centre2[0], y - scene.centre2[1]) - radius - toy_scene.SECOND_RADIUS
                 assert gap > 2 or not radius, scene
 
 

@@ -101,17 +101,13 @@ class Pixels:
 
     def __init__(self, size: int, batch_size: int, device: torch.device, threads: int) -> None:
         self.size = size
-        self.device = device
         self._on_gpu = device.type == "cuda"
+        # With its index: the thread that calls may have another current device than the one that built this.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         self._built: dict[bool, Any] = {}
-        device_index = torch.cuda.current_device() if self._on_gpu and device.index is None else device.index
-        self._settings = {
-            "batch_size": batch_size,
-            "num_threads": threads,
-            "device_id": device_index if self._on_gpu else None,
-        }
+        self._settings = {"batch_size": batch_size, "num_threads": threads, "device_id": self.device.index}
         # A stream of its own, so that waiting for a copy is not waiting for the model.
-        self._stream = torch.cuda.Stream(device) if self._on_gpu else None
+        self._stream = torch.cuda.Stream(self.device) if self._on_gpu else None
 
     def __call__(self, clips: Sequence[Clip]) -> Tensor:
         """(B, T, 3, S, S) uint8 on the device; all clips have the same T. The result belongs to the caller.

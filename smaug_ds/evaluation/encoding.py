@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smaug_ds import distributed
-from smaug_ds.data.sample import Batch
+from smaug_ds.data.sample import Batch, Medium
 from smaug_ds.model.smaug import SmaugModel, TextOutput, VisualOutput
 from smaug_ds.text import Tokenizer
 
@@ -27,6 +27,7 @@ class Clips(NamedTuple):
     keys: list[str]
     media_ids: NDArray[np.int64]  # (B,)
     captions: list[tuple[str, ...]]
+    medium: Medium
     embedding: NDArray[np.float32]  # (B, P)
     visual: VisualOutput  # tokens only
 
@@ -37,6 +38,7 @@ class Gallery(NamedTuple):
     keys: list[str]
     media_ids: NDArray[np.int64]  # (C,)
     captions: list[tuple[str, ...]]
+    media: list[Medium]
     embedding: NDArray[np.float32]  # (C, P)
 
 
@@ -50,6 +52,7 @@ def encode_clips(model: SmaugModel, loader: Iterable[Batch]) -> list[Clips]:
                 batch.keys,
                 batch.media_ids.cpu().numpy(),
                 batch.all_captions,
+                batch.medium,
                 visual.embedding.float().cpu().numpy(),
                 only_tokens(visual, visual.tokens.cpu()),
             )
@@ -59,15 +62,18 @@ def encode_clips(model: SmaugModel, loader: Iterable[Batch]) -> list[Clips]:
 
 def gather_gallery(clips: list[Clips]) -> Gallery:
     """Everything but the tokens from all ranks. Each clip has to be on one rank only; there may be none at all."""
-    own = [(batch.keys, batch.media_ids, batch.captions, batch.embedding) for batch in clips]
+    own = [
+        (batch.keys, batch.media_ids, batch.captions, [batch.medium] * len(batch.keys), batch.embedding)
+        for batch in clips
+    ]
     batches = [batch for share in distributed.gather_objects(own) for batch in share]
     rows = [row for batch in batches for row in zip(*batch, strict=True)]
     rows.sort(key=lambda row: row[0])
     if not rows:
-        return Gallery([], np.zeros(0, np.int64), [], np.zeros((0, 0), np.float32))
-    keys, media_ids, captions, embedding = zip(*rows, strict=True)
+        return Gallery([], np.zeros(0, np.int64), [], [], np.zeros((0, 0), np.float32))
+    keys, media_ids, captions, media, embedding = zip(*rows, strict=True)
     assert len(set(keys)) == len(keys), "the loader gave a clip to two ranks, or twice to one"
-    return Gallery(list(keys), np.array(media_ids), list(captions), np.stack(embedding))
+    return Gallery(list(keys), np.array(media_ids), list(captions), list(media), np.stack(embedding))
 
 
 def only_tokens(visual: VisualOutput, tokens: Tensor) -> VisualOutput:

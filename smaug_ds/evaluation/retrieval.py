@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -97,7 +98,7 @@ class RetrievalResult(RetrievalMetrics):
 
     def table(self) -> str:
         """A few lines for the terminal."""
-        lines = [f"{'':22}  R@1    R@5    R@10   median rank"]
+        lines = [f"{'':22}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>14}"]
         final = f"top {self.protocol['rerank_depth']} reranked" if self.protocol["rerank_depth"] else ""
         for name, metrics in [("cosine", self.dual_encoder), (final, self)][: 2 if final else 1]:
             for way, median in [("t2v", metrics.median_rank), ("v2t", metrics.v2t_median_rank)]:
@@ -149,7 +150,7 @@ def _evaluate(
         n_videos=len(gallery.keys),
         chance_r1=chance_recall(relevant),
         dual_encoder=retrieval_metrics(cosine, cosine, relevant),
-        protocol=_protocol(model, config, checkpoint),
+        protocol=_protocol(model, config, gallery, checkpoint),
         details=RetrievalDetails(texts, gallery.keys, relevant, t2v_scores, v2t_scores),
     )
 
@@ -221,11 +222,12 @@ def _reranked(cosine: Scores, shares: list[_Pairs]) -> tuple[Scores, Scores]:
     return rerank(cosine, match, chosen_t2v), rerank(cosine.T, match.T, chosen_v2t.T).T
 
 
-def _protocol(model: SmaugModel, config: RetrievalConfig, checkpoint: str) -> dict[str, Any]:
+def _protocol(model: SmaugModel, config: RetrievalConfig, gallery: Gallery, checkpoint: str) -> dict[str, Any]:
     weights = str(next(model.parameters()).dtype).removeprefix("torch.")
     rank_by = "match logit among the reranked, cosine below them" if config.rerank_depth else "cosine"
     return {
         "split": config.split,
+        "media": dict(Counter(gallery.media)),
         "frames": model.config.frames,
         "frames_kept": model.config.frames_kept,
         "image_size": model.config.vision.image_size,

@@ -1,0 +1,219 @@
+"""Checkpoints: whole or absent, verified before use, random states restored, weights handed on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from smaug_ds import distributed
+from smaug_ds.config import ConfigError
+from smaug_ds.engine import checkpoint
+
+
+class FakeEngine:
+    """Writes and reads a file as DeepSpeed does."""
+
+    def __init__(self, content: str = "") -> None:
+        self.content = content
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        assert not save_latest, "DeepSpeed's own pointer moves before all ranks are done"
+        (Path(folder) / tag).mkdir()
+        (Path(folder) / tag / "weights.pt").write_text(self.content * 1000)
+
+    def load_checkpoint(self, folder: str, tag: str) -> None:
+        self.content = (Path(folder) / tag / "weights.pt").read_text()[: len("step_0")]
+
+
+def save(folder: Path, step: int, keep: int = 2, model: nn.Module | None = None) -> Path:
+    model = model or nn.Linear(2, 3)
+    engine = FakeEngine(f"step_{step}")
+    return checkpoint.save(engine, folder, step, {"n": step}, {"meters": {"m": step}}, model, {"frames": 4}, keep)
+
+
+def load(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    latest = checkpoint.latest(folder)
+    assert latest is not None
+    engine = FakeEngine()
+    state = checkpoint.read_state(latest)
+    return engine.content or latest.name, state, checkpoint.restore(engine, latest)
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    save(tmp_path, 5)
+    name, state, rank_state = load(tmp_path)
+    assert name == "step_5"
+    assert (state["step"], state["n"], state["world_size"]) == (5, 5, 1)
+    assert {"version", "commit", "torch"} <= state.keys()
+    assert rank_state == {"meters": {"m": 5}}
+
+
+def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 9, 10):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_10", "step_9"]
+    (tmp_path / "latest").write_text("step_9")  # gone back by hand, then another step
+    save(tmp_path, 10, keep=1)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_10"]
+    assert load(tmp_path)[0] == "step_10"
+
+
+def test_saving_the_latest_step_again_does_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    before = (path / "manifest.json").stat().st_mtime_ns
+    assert save(tmp_path, 3) == path
+    assert (path / "manifest.json").stat().st_mtime_ns == before
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may catch it and clean up."""
+
+
+STAGES: dict[str, tuple[Any, str]] = {
+    "engine": (FakeEngine, "save_checkpoint"),
+    "random states": (torch, "save"),
+    "weights": (checkpoint, "save_file"),
+    "state": (checkpoint, "_write_json"),
+    "sync": (os, "fsync"),
+    "rename": (os, "rename"),
+    "pointer": (os, "replace"),
+    "retention": (checkpoint, "_retain"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, after: bool
+) -> None:
+    save(tmp_path, 4)
+    owner, name = STAGES[stage]
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        if after:
+            original(*arguments, **options)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            save(tmp_path, 8)
+    published = stage == "retention" or (stage == "pointer" and after)
+    assert load(tmp_path)[1]["step"] == (8 if published else 4)
+
+    save(tmp_path, 8)  # the next run gets there again
+    assert load(tmp_path)[1]["step"] == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_4", "step_8"]
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["engine/weights.pt", "model.safetensors", "rank_00000.pt", "state.json"])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_damage_is_found_and_named(tmp_path: Path, name: str, how: str) -> None:
+    file = save(tmp_path, 4) / name
+    if how == "flipped":
+        damage(file)
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{name} is {'missing' if how == 'missing' else 'damaged'}.*older checkpoint"):
+        load(tmp_path)
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    (save(tmp_path, 4) / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read"):
+        load(tmp_path)
+
+
+def test_another_number_of_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 4)
+    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=r"run\.folder: .*step_4 is of 1 ranks, but this run has 2"):
+        load(tmp_path)
+
+
+def test_random_states_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(np.random.randn()), float(torch.rand(()))]
+
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    draw()
+    save(tmp_path, 1)
+    expected = draw()
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    load(tmp_path)
+    assert draw() == expected
+
+
+def test_weights_are_found_by_run_and_by_checkpoint(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    path = save(tmp_path / "checkpoints", 4, model=model)
+    for place in (tmp_path, path):
+        weights = checkpoint.load_weights(place)
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert json.loads((path / "config.json").read_text()) == {"frames": 4}
+    with pytest.raises(ValueError, match="neither a run folder with a checkpoint nor a checkpoint"):
+        checkpoint.load_weights(tmp_path / "nowhere")
+    (path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        checkpoint.load_weights(path)
+
+
+def test_weights_that_share_storage_are_saved_each(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    flat = torch.arange(9.0)  # as ZeRO lays parameters out
+    model.weight.data, model.bias.data = flat[:6].view(3, 2), flat[6:]
+    path = save(tmp_path, 1, model=model)
+    assert safetensors.torch.load_file(path / "model.safetensors")["bias"].tolist() == [6, 7, 8]
+
+
+def test_initialising_from_another_model_tells_what_was_left_over() -> None:
+    source = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(3, 1)})
+    target = nn.ModuleDict({"a": nn.Linear(2, 3), "c": nn.Linear(3, 1)})
+    before: dict[str, Tensor] = {name: value.clone() for name, value in target.state_dict().items()}
+    told = checkpoint.initialise(target, source.state_dict())
+    assert told == "2 weights taken, missing: 2 (c), unused: 2 (b)"
+    assert torch.equal(target["a"].weight, source["a"].weight)
+    assert torch.equal(target["c"].weight, before["c.weight"])
+
+
+def test_initialising_with_a_wrong_shape_names_key_and_shapes() -> None:
+    with pytest.raises(ValueError, match=r"weight has shape \[3, 2\], but the model needs \[4, 2\]"):
+        checkpoint.initialise(nn.Linear(2, 4), nn.Linear(2, 3).state_dict())
+    with pytest.raises(ValueError, match="none of the 2 weights has a place in the model"):
+        checkpoint.initialise(nn.ModuleDict({"a": nn.Linear(2, 3)}), nn.Linear(2, 3).state_dict())
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, ("true",)
+
+
+def test_deepspeed_unpickles_no_code(tmp_path: Path) -> None:
+    from smaug_ds.engine.deepspeed import safe_load
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    with safe_load(), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "evil.pt", weights_only=False)  # as DeepSpeed does
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
