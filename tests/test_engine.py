@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +152,18 @@ def test_what_is_no_json_object_is_told_in_one_line(tmp_path: Path, text: str) -
         load_json(tmp_path / "nowhere.json")
 
 
-def refused_inside(path: str) -> str:
-    try:
-        build_engine(Standin(), path, CONFIG, SCHEDULE, 1, 1)
-    except ConfigError as error:
-        return str(error)
-    return "accepted"
+def refusals(paths: list[str]) -> list[str]:
+    messages = []
+    for path in paths:
+        with pytest.raises(ConfigError) as caught:
+            build_engine(Standin(), path, CONFIG, SCHEDULE, 1, 1)
+        messages.append(str(caught.value))
+    return messages
 
 
 def test_what_deepspeed_refuses_is_told_in_one_line(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "ds.json", zero_optimization={"stage": 2, "overlap_com": False})
-    (message,) = run_ranks(refused_inside, 1, str(path))
-    assert message.startswith(f"run.deepspeed={path}: ") and "overlap_com" in message and "\n" not in message
-    assert json.loads(path.read_text())["zero_optimization"]["stage"] == 2
+    unknown = write_json(tmp_path / "unknown.json", zero_optimization={"stage": 2, "overlap_com": False})
+    both = write_json(tmp_path / "both.json", bf16={"enabled": True}, fp16={"enabled": True})
+    (messages,) = run_ranks(refusals, 1, [str(unknown), str(both)])
+    for path, message, part in zip((unknown, both), messages, ("overlap_com", "fp16"), strict=True):
+        assert message.startswith(f"run.deepspeed={path}: ") and part in message and "\n" not in message

@@ -135,6 +135,8 @@ def build_engine(
     # Its shared-memory collectives would be compiled for a minute at start-up; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    if config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        raise ConfigError(f"run.deepspeed={path}: {get_accelerator().device_name()} cannot do fp16: use bf16 or fp32")
     try:
         DeepSpeedConfig(config)
     except (DeepSpeedConfigError, pydantic.ValidationError) as error:

@@ -100,6 +100,7 @@ class Pretraining(nn.Module):
         return {"mlm": losses.mlm(logits, words), "mlm_accuracy": accuracy}
 
     def _pad(self, text: TextOutput) -> tuple[Tensor, Tensor]:
-        """States (B, L, D) and mask (B, L) at the longest length allowed, so that ranks can exchange them unasked."""
-        short = self.model.config.text.max_length - text.states.shape[1]
-        return F.pad(text.states, (0, 0, 0, short)), F.pad(text.mask, (0, short))
+        """States (B, L, D) and mask (B, L), padded to the longest caption of any rank."""
+        own = text.states.shape[1]
+        longest = int(distributed.all_reduce_max(torch.tensor(own, device=text.states.device)))
+        return F.pad(text.states, (0, 0, 0, longest - own)), F.pad(text.mask, (0, longest - own))
