@@ -12,6 +12,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +23,17 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A setting that the user has to change; the message is one line and names the key."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Turns what is wrong with a file or folder within into a ConfigError that names the setting it came from."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def parse(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:

@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError, parse, to_dict
-from smaug_ds.data.index import Corpus
-from smaug_ds.data.loader import DataConfig, EvalLoader
+from smaug_ds.config import ConfigError, naming, parse, to_dict
+from smaug_ds.data.loader import DataConfig
 from smaug_ds.data.quarantine import Ledger
-from smaug_ds.data.sample import BatchShape
 from smaug_ds.engine import checkpoint
+from smaug_ds.evaluation.held_out import open_held_out
 from smaug_ds.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.text import Tokenizer
@@ -87,7 +86,7 @@ def run(folder: Path, config: EvaluateConfig, out: Path) -> RetrievalResult:
     """
     model, tokenizer = load_model(folder, config)
     ledger = Ledger(out.parent / "evaluation", distributed.rank())
-    loader = open_loader(config, tokenizer, ledger)
+    loader = open_held_out(config.model, config.data, config.evaluation, tokenizer, distributed.device(), ledger)
     result = evaluate(model, loader, tokenizer, config.evaluation, describe(folder))
     left_out = sum(distributed.gather_objects(loader.failed))
     if distributed.is_main():
@@ -104,10 +103,8 @@ def load_model(folder: Path, config: EvaluateConfig) -> tuple[SmaugModel, Tokeni
 
     Raises ConfigError when weights, architecture and vocabulary do not fit together.
     """
-    try:
+    with naming("data.tokenizer"):
         tokenizer = Tokenizer(config.data.tokenizer)
-    except ValueError as error:
-        raise ConfigError(f"data.tokenizer: {error}") from error
     if tokenizer.vocab_size != config.model.text.vocab_size:
         raise ConfigError(
             f"data.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} entries, but the checkpoint's "
@@ -119,24 +116,6 @@ def load_model(folder: Path, config: EvaluateConfig) -> tuple[SmaugModel, Tokeni
     except (ValueError, RuntimeError) as error:  # load_state_dict raises RuntimeError with all keys and shapes
         raise ConfigError(f"--checkpoint {folder}: {error}") from error
     return model.to(distributed.device()).eval(), tokenizer
-
-
-def open_loader(config: EvaluateConfig, tokenizer: Tokenizer, ledger: Ledger) -> EvalLoader:
-    """This rank's share of the split ``evaluation.split``. Raises ConfigError when there is none."""
-    data, split = config.data, config.evaluation.split
-    whole = split == "test" and bool(data.test)  # a folder named data.test is a test set as it is
-    try:
-        corpus = Corpus.open(data.test if whole else data.train, 1.0 if whole else data.holdout, split)
-    except ValueError as error:
-        raise ConfigError(f"{'data.test' if whole else 'data.train'}: {error}") from error
-    shape = BatchShape(
-        frames=config.model.frames,
-        image_size=config.model.vision.image_size,
-        patches=config.model.vision.patches,
-        max_text_length=config.model.text.max_length,
-        mlm_probability=0.0,
-    )
-    return EvalLoader(corpus, tokenizer, data, shape, config.evaluation.batch_size, distributed.device(), ledger)
 
 
 def describe(folder: Path) -> str:

@@ -13,8 +13,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ import torch
 from tqdm import tqdm
 
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError, add_arguments, dump, parse, to_dict
+from smaug_ds.config import ConfigError, add_arguments, dump, naming, parse, to_dict
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.loader import DataError, EvalLoader, TrainLoader
 from smaug_ds.data.order import Order
 from smaug_ds.data.quarantine import Ledger, read_ledgers
-from smaug_ds.data.sample import MEDIA, BatchShape, Medium
+from smaug_ds.data.sample import MEDIA, Medium
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.deepspeed import build_engine, zero_stage
 from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
@@ -36,6 +35,7 @@ from smaug_ds.engine.optim import Schedule
 from smaug_ds.engine.pictures import make_pictures
 from smaug_ds.engine.preempt import EXIT_CODE, StopRequest
 from smaug_ds.engine.train import Actions, PretrainConfig, train
+from smaug_ds.evaluation.held_out import batch_shape, open_held_out
 from smaug_ds.evaluation.retrieval import evaluate
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
@@ -73,23 +73,28 @@ def pretrain(config: PretrainConfig) -> int:
     accumulation = config.batch.accumulation(distributed.world_size())
 
     # ---- data
-    with blaming("data.tokenizer"):
+    with naming("data.tokenizer"):
         tokenizer = Tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, tokenizer.vocab_size)
-    with blaming("data.train"):
+    with naming("data.train"):
         corpus = Corpus.open(config.data.train, config.data.holdout, "train")
     sizes = {medium: counts.tolist() for medium, counts in corpus.sizes().items()}
     order = Order(sizes, config.batch.global_size, seed, config.data.shuffle_group)
     schedule = Schedule.of(config.optim, order.steps_per_epoch, config.run.max_steps)
-    shape = batch_shape(config)
+    shape = batch_shape(config.model, config.loss.mlm_probability)
     ledger = Ledger(folder / "quarantine", distributed.rank())
     loader = TrainLoader(corpus, order, tokenizer, config.data, shape, seed, micro_size, accumulation, device, ledger)
-    held_out = open_held_out(config, tokenizer, shape, device)
+    held_out: EvalLoader | None = None
+    if config.evaluation.split == "train" or config.data.test or config.data.holdout:
+        aside = Ledger(folder / "evaluation", distributed.rank())
+        held_out = open_held_out(config.model, config.data, config.evaluation, tokenizer, device, aside)
+    else:
+        say("no evaluation: neither data.test nor data.holdout is set")
 
     # ---- checkpoint to resume from: looked at before anything slow
     samples = {medium: order.samples(medium) for medium in MEDIA}
     state: dict[str, Any] = {}
-    with blaming("run.folder"):
+    with naming("run.folder"):
         latest = checkpoint.latest(folder / "checkpoints")
         if latest:
             state = checkpoint.read_state(latest)
@@ -99,7 +104,7 @@ def pretrain(config: PretrainConfig) -> int:
     torch.manual_seed(seed)
     model = SmaugModel(config.model)
     if config.run.init_from and not latest:
-        with blaming("run.init_from"):
+        with naming("run.init_from"):
             say(
                 f"{config.run.init_from}: {checkpoint.initialise(model, checkpoint.load_weights(config.run.init_from))}"
             )
@@ -180,32 +185,6 @@ def with_vocabulary(config: PretrainConfig, vocab_size: int) -> PretrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
 
 
-def batch_shape(config: PretrainConfig) -> BatchShape:
-    """What model and objectives need of a batch."""
-    return BatchShape(
-        frames=config.model.frames,
-        image_size=config.model.vision.image_size,
-        patches=config.model.vision.patches,
-        max_text_length=config.model.text.max_length,
-        mlm_probability=config.loss.mlm_probability,
-    )
-
-
-def open_held_out(
-    config: PretrainConfig, tokenizer: Tokenizer, shape: BatchShape, device: torch.device
-) -> EvalLoader | None:
-    """The clips that retrieval is evaluated on, or None if the run holds none out."""
-    data, split = config.data, config.evaluation.split
-    if split == "test" and not data.test and not data.holdout:
-        say("no evaluation: neither data.test nor data.holdout is set")
-        return None
-    whole = split == "test" and bool(data.test)  # a folder named data.test is a test set as it is
-    with blaming("data.test" if whole else "data.train"):
-        corpus = Corpus.open(data.test if whole else data.train, 1.0 if whole else data.holdout, split)
-    ledger = Ledger(Path(config.run.folder) / "evaluation", distributed.rank())
-    return EvalLoader(corpus, tokenizer, data, shape, config.evaluation.batch_size, device, ledger)
-
-
 def check_resumable(
     state: Mapping[str, Any], config: PretrainConfig, samples: Mapping[Medium, int], latest: Path
 ) -> None:
@@ -244,17 +223,6 @@ def say(text: str) -> None:
     if distributed.is_main():
         tqdm.write(text)
         sys.stdout.flush()
-
-
-@contextmanager
-def blaming(key: str) -> Iterator[None]:
-    """Turns what is wrong with a file or folder into a ConfigError that names the setting it came from."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{key}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ ALLOWED = {
     "entry": {"engine", "evaluation", "data", "convert", "planner", "config", "text", "model", "losses", "distributed"},
     "engine": {"model", "losses", "data", "evaluation", "distributed", "config", "text"},
     "evaluation": {"model", "data", "text", "distributed", "config"},
-    "data": {"text", "distributed", "config"},
+    "data": {"text", "distributed", "config", "progress"},
     "losses": {"distributed", "config"},
     "model": set(),
     "text": {"config"},
     "distributed": {"config"},
     "convert": {"model", "config"},
     "config": set(),
+    "progress": set(),
 }
 MODEL_PACKAGES = {"torch", "einops", "timm", "transformers"}
 ONLY_IN = {"nvidia": "data/dali.py", "deepspeed": "engine/deepspeed.py"}

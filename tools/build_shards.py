@@ -22,13 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
 from webdataset import TarWriter
 
 from smaug_ds.data.annotations import Annotation, SourceError, read_lists
 from smaug_ds.data.indexing import MAX_MEDIA_BYTES, IndexReport, build_index, parallel_map
 from smaug_ds.data.shard import SampleError, ShardError, choose_captions, medium_of
 from smaug_ds.data.video import MediaError, probe
+from smaug_ds.progress import bar
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def build(
         (partial / "rejects.jsonl").open("w", encoding="utf-8") as ledger,
         parallel_map(_write_shard, tasks, workers) as results,
     ):
-        for lines in tqdm(results, total=len(tasks), desc="build", unit="shard", disable=not progress):
+        for lines in bar(results, len(tasks), "build", "shards", shown=progress):
             rejects.update(line["reason"] for line in lines)
             ledger.writelines(json.dumps(line) + "\n" for line in lines)
     shards = len(list(partial.glob("*.tar")))

@@ -23,7 +23,8 @@ from smaug_ds.config import ConfigError
 from smaug_ds.data.quarantine import Ledger
 from smaug_ds.data.sample import Batch
 from smaug_ds.engine.pictures import Pixels, make_pictures, retrieval_sheet
-from smaug_ds.evaluate import describe, load_model, open_loader, read_config
+from smaug_ds.evaluate import describe, load_model, read_config
+from smaug_ds.evaluation.held_out import open_held_out
 from smaug_ds.evaluation.retrieval import RetrievalDetails, evaluate
 from smaug_ds.model.smaug import SmaugModel
 
@@ -57,7 +58,8 @@ def draw(run_folder: str, data: str | None, overrides: Sequence[str], out: Path,
     """
     folder, config = read_config(run_folder, data, overrides)
     model, tokenizer = load_model(folder, config)
-    loader = open_loader(config, tokenizer, Ledger(out / "evaluation", distributed.rank()))
+    ledger = Ledger(out / "evaluation", distributed.rank())
+    loader = open_held_out(config.model, config.data, config.evaluation, tokenizer, distributed.device(), ledger)
     pool = Pool(model)
     result = evaluate(model, pool.watch(loader), tokenizer, config.evaluation, describe(folder))
     pictures = make_pictures(model, pool.examples(samples), samples)

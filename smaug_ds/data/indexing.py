@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from tqdm import tqdm
 
 from smaug_ds.data.index import COLUMNS, FORMAT, SAMPLE_DTYPE
 from smaug_ds.data.order import stable_hash
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.data.shard import SampleError, ShardError, choose_captions, medium_of, parse_metadata, tar_sizes
 from smaug_ds.data.video import MediaError, MediaFacts, probe
+from smaug_ds.progress import bar
 
 MAX_MEDIA_BYTES = 2**30  # a sample is read at once: it must fit into memory, and pread returns at most 2 GiB
 MAX_TEXT_BYTES = 2**24
@@ -95,7 +95,7 @@ def build_index(folder: str | Path, workers: int = 1, progress: bool = False) ->
     folder = Path(folder)
     sizes = tar_sizes(folder)
     with parallel_map(_scan, [folder / name for name in sizes], workers) as results:
-        scans = list(tqdm(results, total=len(sizes), desc="index", unit="shard", disable=not progress))
+        scans = list(bar(results, len(sizes), "index", "shards", shown=progress))
     report = _report(scans)
     if not report.samples:
         first = next((reject for scan in scans for reject in scan.rejects), None)

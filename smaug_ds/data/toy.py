@@ -30,11 +30,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from smaug_ds.data.toy_pictures import encode_media, render_frames
 from smaug_ds.data.toy_scene import SPLITS, Split, ToyConfig, scene_generator
 from smaug_ds.data.toy_words import Words, vocabulary, write_words
+from smaug_ds.progress import bar
 
 FORMAT = 1  # of the rendered folder; raised whenever the same config renders other bytes
 PER_FOLDER = 1000
@@ -120,11 +119,11 @@ def render_corpus(config: ToyConfig, folder: Path | str, workers: int = 1) -> No
     }
     jobs = [(s, range(k, min(k + CHUNK, count))) for s, count in counts.items() for k in range(0, count, CHUNK)]
     done: dict[Split, Done] = {split: [] for split in SPLITS}
-    with tqdm(total=sum(counts.values()), desc="rendering", unit="file", smoothing=0.05) as bar:
+    with bar((), sum(counts.values()), "render", "files") as work:
         results = _run(partial(_render_chunk, config, folder), jobs, workers)
         for (split, numbers), files in zip(jobs, results, strict=True):
             done[split] += files
-            bar.update(len(numbers))
+            work.update(len(numbers))
     _write_lists(folder, done)
     os.replace(started, record)
 
