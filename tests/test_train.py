@@ -228,10 +228,10 @@ def settings(shards: Path, media: Path, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def launch(arguments: Sequence[str], ranks: int = 2) -> subprocess.Popen:
+def launch(arguments: Sequence[str], ranks: int = 2, accelerator: str = "cpu") -> subprocess.Popen:
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port"]
     command = [*launcher, str(free_port()), "--module", "smaug_ds.pretrain", *arguments]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -35,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--media-root", type=Path, help="where the paths of the lists start")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=12000, help="size of the built-in corpus")
+    parser.add_argument("--clips", type=int, default=8000, help="size of the built-in corpus")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ class ModelConfig:
     frames: int = 1  # frames of a clip: 1 in the single-frame stage, 4 in the multi-frame stage
     frames_kept: int = 1  # frames that the multi-modal encoder sees
     projection: int = 256  # size of the contrastive space
+    temperature: float = 0.07  # of the contrastive losses at the start; learnt from there, at least 0.01
     vision: VisionConfig = field(default_factory=VisionConfig)
     temporal: TemporalConfig = field(default_factory=TemporalConfig)
     decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
@@ -47,6 +48,9 @@ class ModelConfig:
                 f"model.frames_kept is {self.frames_kept}, but a clip has only model.frames = {self.frames}: "
                 "lower model.frames_kept or raise model.frames"
             )
+
+        if not 0.01 <= self.temperature <= 1:
+            raise ValueError(f"model.temperature is {self.temperature}: it must lie in [0.01, 1]")
 
     @classmethod
     def of_size(cls, size: str) -> ModelConfig:
@@ -127,7 +131,7 @@ class SmaugModel(nn.Module):
         self.match_head = nn.Linear(text.width, 2)
         self.word_head = WordHead(text)
         # shape [1], not []: ZeRO cannot partition a parameter without a dimension
-        self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())
+        self.logit_scale = nn.Parameter(torch.tensor([1 / config.temperature]).log())
         self.logit_bias = nn.Parameter(torch.tensor([-10.0]))  # of the sigmoid loss (Zhai et al. 2023, section 3.2)
         self._init_weights()
 
