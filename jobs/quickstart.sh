@@ -34,16 +34,16 @@ source jobs/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 started=$(date +%s)
 
-echo "== 1/5 corpus"
-python tools/prepare_corpus.py ${data:+--data "$data"} ${media_root:+--media-root "$media_root"} \
-    ${clips:+--clips "$clips"} --out "$out" --workers "$(nproc)"
-corpus=(); while IFS= read -r line; do corpus+=("$line"); done < "$out/corpus.args"
-
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
     ranks=2 engine=(run.deepspeed=ds_configs/cpu.json)
 else
     ranks=$(python -c 'import torch; print(torch.cuda.device_count())') engine=(run.deepspeed=ds_configs/zero2_bf16.json)
 fi
+
+echo "== 1/5 corpus"
+python tools/prepare_corpus.py ${data:+--data "$data"} ${media_root:+--media-root "$media_root"} \
+    ${clips:+--clips "$clips"} --out "$out" --ranks "$ranks" --workers "$(nproc)"
+corpus=(); while IFS= read -r line; do corpus+=("$line"); done < "$out/corpus.args"
 
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 launch() { # stage, further key=value: starts or resumes it under the launcher

@@ -1,9 +1,10 @@
 """The four objectives (SMAUG section 3.5) as pure functions.
 
-Every loss is a mean over the *global* batch: each rank returns its share, scaled so that the average over ranks, which
-the engine takes, is the value and the gradient of a single process that holds the whole batch.
+Every loss is a mean over the pairs of all ranks: each rank returns its share, scaled so that the average over ranks,
+which the engine takes, is the value and the gradient of a single process that holds them all. Gradient accumulation
+does not widen that pool: a micro step's negatives are those of the same micro step on all ranks.
 
-Letters: B local batch, G global batch, P projection size, R places to predict, M masked patches.
+Letters: B pairs of this rank, G pairs of all ranks, P projection size, R places to predict, M masked patches.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def vtc(video: Tensor, text: Tensor, media_ids: Tensor, logit_scale: Tensor) -> 
 def vtc_sigmoid(video: Tensor, text: Tensor, media_ids: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
     """Sigmoid contrastive loss (Zhai et al. 2023, equation 2): texts go round the ring of ranks, nothing is gathered.
 
-    Arguments as ``vtc``; logit_bias: (1,). Sum over all texts of the global batch, mean over its videos.
+    Arguments as ``vtc``; logit_bias: (1,). Sum over the texts of all ranks, mean over their videos.
     """
     scale = inverse_temperature(logit_scale)
     total = video.new_zeros(len(video))
@@ -92,7 +93,7 @@ def draw_hard_negatives(
     """
     negative = row_ids[:, None] != column_ids[None, :]
     logits = similarity.double().masked_fill(~negative, -torch.inf)
-    # double precision: the sums run in another order at other batch shapes, and must not move a draw
+    # double precision: sums of many weights must not round away the small ones
     weights = (logits - logits.amax(dim=1, keepdim=True).clamp(min=-1e300)).exp()
     cumulative = weights.cumsum(dim=1)
     threshold = noise.double()[:, None] * cumulative[:, -1:]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -20,6 +26,7 @@ import torchvision.transforms.v2 as transforms
 import torchvision.transforms.v2.functional as F
 
 from smaug_ds.config import ConfigError
+from smaug_ds.data.dali import Decoder, graph
 from smaug_ds.data.draw import Draws, Window, centre_crop, random_resized_crop
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.loader import DataConfig, DataError, EvalLoader, TrainLoader
@@ -27,11 +34,13 @@ from smaug_ds.data.order import Order, sample_generator, stable_hash
 from smaug_ds.data.quarantine import Budget, Failure, Ledger, read_ledgers
 from smaug_ds.data.reader import TrainReader
 from smaug_ds.data.sample import Batch, BatchShape
+from smaug_ds.data.shard import Entry
 from smaug_ds.data.video import Video, choose_frames, decode, decode_image
 from smaug_ds.text import IGNORED, Tokenizer
 
 SHAPE = BatchShape(frames=3, image_size=32, patches=16, max_text_length=24, mlm_probability=0.15)
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = DataConfig(workers=0, shuffle_group=2)
 
 
@@ -161,6 +170,12 @@ def test_resume(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert_same(next(iter(third)), whole[0])  # a second iteration begins where the state says
 
 
+def overwrite(entry: Entry, media: bytes) -> None:
+    with open(entry.shard, "r+b") as shard:
+        shard.seek(entry.media_offset)
+        shard.write(media)
+
+
 @pytest.fixture
 def damaged(toy_shards: Path, tmp_path: Path) -> tuple[Corpus, set[str]]:
     """The training shards with the media of a fifth of the samples overwritten, and the names of these."""
@@ -171,9 +186,7 @@ def damaged(toy_shards: Path, tmp_path: Path) -> tuple[Corpus, set[str]]:
     for medium in ("image", "video"):
         for number in range(0, corpus.count(medium), 5):
             entry = corpus.nth(medium, number)
-            with open(entry.shard, "r+b") as shard:
-                shard.seek(entry.media_offset)
-                shard.write(bytes(entry.media_size))
+            overwrite(entry, bytes(entry.media_size))
             bad.add(f"{entry.shard}/{entry.key}")
     return corpus, bad
 
@@ -210,6 +223,118 @@ def test_bad_samples_are_replaced_whole(damaged: tuple[Corpus, set[str]], tokeni
     assert read_ledgers(tmp_path / "again") == failures
 
 
+class RefusingGraph:
+    """A DALI graph whose decoder fails, after which DALI takes no further batch."""
+
+    built = 0
+
+    def __init__(self) -> None:
+        RefusingGraph.built += 1
+        self.spent = False
+
+    def run(self, **inputs: object) -> None:
+        assert not self.spent, "DALI's pipeline is no longer valid"
+        assert {"encoded", "indices"} <= inputs.keys()
+        self.spent = True
+        raise RuntimeError("Critical error in pipeline:\n\nencountered:\n\nno such stream\nin video_decoder.h")
+
+
+@pytest.fixture
+def refusing_nvdec(monkeypatch: pytest.MonkeyPatch) -> type[RefusingGraph]:
+    """A loader with ``decoder="nvdec"`` sends H.264 to a graph that cannot decode it; all else is as it is."""
+
+    def choose(setting: str, device: torch.device) -> Decoder:
+        return Decoder("nvdec", frozenset({"h264"}), "") if setting == "nvdec" else Decoder("pyav", frozenset(), "")
+
+    def fake(size: int, encoded: bool, on_gpu: bool, **settings: object) -> object:
+        return RefusingGraph() if encoded else graph(size, encoded, on_gpu, **settings)
+
+    monkeypatch.setattr("smaug_ds.data.dali.choose_decoder", choose)
+    monkeypatch.setattr("smaug_ds.data.dali.graph", fake)
+    monkeypatch.setattr(RefusingGraph, "built", 0)
+    return RefusingGraph
+
+
+@pytest.fixture
+def undecodable(toy_shards: Path, tmp_path: Path) -> tuple[Corpus, set[str]]:
+    """The training shards with every third H.264 clip nulled after its first packet: only decoding shows it."""
+    folder = tmp_path / "undecodable"
+    shutil.copytree(toy_shards / "train", folder)
+    corpus = Corpus.open([folder], holdout=0.0, split="train")
+    entries = [corpus.nth("video", number) for number in range(corpus.count("video"))]
+    bad = set()
+    for entry in [entry for entry in entries if entry.facts.codec == "h264"][::3]:
+        media = bytearray(corpus.read_sample(entry).media)
+        with av.open(io.BytesIO(media)) as file:
+            for packet in [packet for packet in file.demux(video=0) if packet.size][1:]:
+                media[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+        assert len(Video(bytes(media)).trim([0, 5])[1]) == 2
+        overwrite(entry, bytes(media))
+        bad.add(f"{entry.shard}/{entry.key}")
+    return corpus, bad
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_nvdec_refuses_pyav_decodes_or_replaces(
+    undecodable: tuple[Corpus, set[str]],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    refusing_nvdec: type[RefusingGraph],
+    workers: int,
+) -> None:
+    corpus, bad = undecodable
+    config = dataclasses.replace(CONFIG, max_failed_share=1.0)
+    expected = take(make_loader(corpus, tokenizer, tmp_path / "pyav", config), 20)
+    assert not refusing_nvdec.built
+    config = dataclasses.replace(config, decoder="nvdec", workers=workers)
+    with pytest.warns(RuntimeWarning, match="NVDEC: no such stream; PyAV decodes this batch"):
+        batches = take(make_loader(corpus, tokenizer, tmp_path / "nvdec", config), 20)
+    assert refusing_nvdec.built > 1
+    for one, other in zip(batches, expected, strict=True):
+        assert_same(one, other)
+        assert not set(one.keys) & bad
+    failures = read_ledgers(tmp_path / "nvdec")
+    assert failures == read_ledgers(tmp_path / "pyav")
+    assert {failure.stage for failure in failures} == {"decode"}
+    for failure in failures:
+        assert f"{failure.shard}/{failure.key}" in bad
+        assert failure.reason
+        batch = batches[failure.step * 2 + failure.position % 8 // 4]
+        assert batch.keys[failure.position % 4] == failure.replaced_by
+
+
+def test_evaluation_with_a_refusing_nvdec(
+    undecodable: tuple[Corpus, set[str]], tokenizer: Tokenizer, tmp_path: Path, refusing_nvdec: type[RefusingGraph]
+) -> None:
+    corpus, bad = undecodable
+
+    def read(decoder: Literal["pyav", "nvdec"]) -> list[Batch]:
+        config = dataclasses.replace(CONFIG, decoder=decoder)
+        loader = EvalLoader(corpus, tokenizer, config, SHAPE, 5, CPU, Ledger(tmp_path / decoder, 0))
+        batches = list(loader)
+        assert loader.failed == len(bad)
+        return batches
+
+    with pytest.warns(RuntimeWarning, match="NVDEC"):
+        batches = read("nvdec")
+    for one, other in zip(batches, read("pyav"), strict=True):
+        assert_same(one, other)
+    failures = read_ledgers(tmp_path / "nvdec")
+    assert failures == read_ledgers(tmp_path / "pyav")
+    assert {f"{failure.shard}/{failure.key}" for failure in failures} == bad
+
+
+def test_an_error_of_the_graph_itself_is_raised(
+    corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("smaug_ds.data.dali.graph", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        take(make_loader(corpus, tokenizer, tmp_path), 1)
+
+
 def test_too_many_failures_stop_the_run(damaged: tuple[Corpus, set[str]], tokenizer: Tokenizer, tmp_path: Path) -> None:
     corpus, _ = damaged
     impatient = dataclasses.replace(CONFIG, max_consecutive_failures=1)
@@ -231,24 +356,72 @@ def test_ledgers_of_all_ranks_are_read_together(tmp_path: Path) -> None:
     late = Failure(7, 60, "a.tar", "k1", "decode", "broken: ä", replaced_by="a.tar/k2")
     early = Failure(2, 11, "b.tar", "k3", "read", "gone")
     Ledger(tmp_path, rank=0).write(late)
-    ledger = Ledger(tmp_path, rank=1)
-    ledger.write(early)
-    assert ledger.count == 1
+    Ledger(tmp_path, rank=1).write(early)
     assert read_ledgers(tmp_path) == [early, late]
 
 
-def test_signals_to_a_job_spare_its_workers(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with make_loader(corpus, tokenizer, tmp_path, dataclasses.replace(CONFIG, workers=1)) as loader:
-        batches = iter(loader)
-        next(batches)
-        (worker,) = multiprocessing.active_children()
-        assert worker.pid is not None
-        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(worker.pid, name)
-        for _ in range(12):
+# Runs in a process group of its own, to all of which the tests send signals.
+JOB = """
+import dataclasses, multiprocessing, os, signal, sys
+from pathlib import Path
+from smaug_ds.data.index import Corpus
+from tests.test_loader import CONFIG, Tokenizer, make_loader
+
+caught = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, frame: caught.append(number))
+shards, vocabulary, folder = map(Path, sys.argv[1:])
+corpus = Corpus.open([shards], holdout=0.0, split="train")
+with make_loader(corpus, Tokenizer(vocabulary), folder, dataclasses.replace(CONFIG, workers=2)) as loader:
+    batches = iter(loader)
+    next(batches)
+    for _ in sys.stdin:
+        for _ in range(30):
             next(batches)
-        assert worker.is_alive()
-    assert not worker.is_alive()
+        print(*[signal.Signals(number).name for number in caught], flush=True)
+"""
+
+
+@pytest.fixture
+def job(toy_shards: Path, toy_media: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A rank with two workers that takes 30 batches for each line it is sent, then prints the signals it caught."""
+    arguments = [str(path) for path in (toy_shards / "train", toy_media / "vocab.txt", tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-c", JOB, *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def take_thirty(job: subprocess.Popen[str]) -> str:
+    assert job.stdin is not None and job.stdout is not None
+    job.stdin.write("\n")
+    job.stdin.flush()
+    return job.stdout.readline().strip()
+
+
+def test_signals_to_a_job_spare_all_that_its_loader_needs(job: subprocess.Popen[str]) -> None:
+    assert take_thirty(job) == ""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.killpg(job.pid, number)
+        assert take_thirty(job).endswith(number.name), job.communicate()[1]
+    output, errors = job.communicate(timeout=60)
+    assert (job.returncode, output, errors) == (0, "", "")
+
+
+def test_a_killed_rank_leaves_no_process(job: subprocess.Popen[str]) -> None:
+    assert take_thirty(job) == ""
+    job.kill()
+    job.communicate(timeout=60)  # returns when the last process that inherited stderr is gone
 
 
 def test_a_killed_worker_ends_the_run(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_vision_encoder_equals_clip(size: str) -> None:
     )
     clip = shake(CLIPVisionModel(theirs))
     encoder = VisionEncoder(ours)
-    encoder.load_state_dict(convert.clip_vision(clip.state_dict()))
+    encoder.load_state_dict(convert.clip_vision(clip.state_dict())[0])
     frames = torch.randint(0, 256, (2, 1, 3, ours.image_size, ours.image_size), dtype=torch.uint8)
     pixels = normalise_pixels(frames)
     encoded = encoder.train()(patchify(pixels, ours.patch_size), torch.rand(2, ours.patches))

@@ -18,13 +18,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from smaug_ds.data.annotations import Source, describe_source, read_lists
-from smaug_ds.data.index import ShardIndex
+from smaug_ds.data.index import Corpus, ShardIndex
 from smaug_ds.data.indexing import build_index
+from smaug_ds.data.sample import MEDIA
 from smaug_ds.data.toy import ToyConfig, render_corpus
 from smaug_ds.text import train_vocabulary
 from tools.build_shards import build
 
 HOLDOUT = 0.1  # share of the samples kept from training where the source brings no test set
+BATCH = 64  # samples of a step at most
 VOCABULARY = 8000  # words at most of a vocabulary trained on the captions
 
 
@@ -36,11 +38,13 @@ def main() -> None:
     parser.add_argument("--media-root", type=Path, help="where the paths of the lists start")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=8000, help="size of the built-in corpus")
+    parser.add_argument("--ranks", type=int, default=2, help="that the run will have: they share a batch")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         settings = prepare(args.data, args.media_root, args.out, args.clips, args.workers)
+        settings |= batch_sizes(settings, args.ranks)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     (args.out / "corpus.args").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
@@ -65,11 +69,25 @@ def prepare(data: Path | None, media_root: Path | None, out: Path, clips: int, w
             if not (folder / "index").exists():
                 print(build_index(folder, workers=workers, progress=True))
     return {
-        "data.train": f"[{', '.join(map(str, train))}]",
-        "data.test": f"[{', '.join(map(str, test))}]",
+        "data.train": json.dumps([str(folder) for folder in train]),
+        "data.test": json.dumps([str(folder) for folder in test]),
         "data.holdout": "0" if test else str(HOLDOUT),
         "data.tokenizer": str(find_vocabulary(data, source, train, out)),
     }
+
+
+def batch_sizes(settings: dict[str, str], ranks: int) -> dict[str, str]:
+    """Settings ``batch.*``: a step holds at most ``BATCH`` samples, and none of them twice.
+
+    Raises ValueError when a medium has fewer samples than there are ranks.
+    """
+    corpus = Corpus.open(json.loads(settings["data.train"]), float(settings["data.holdout"]), "train")
+    samples = {medium: corpus.count(medium) for medium in MEDIA if corpus.count(medium)}
+    fewest = min(samples.values())
+    micro_size = min(BATCH, fewest) // ranks
+    if not micro_size:
+        raise ValueError(f"the corpus has only {samples} samples for {ranks} ranks: add some, or leave a medium out")
+    return {"batch.global_size": str(micro_size * ranks), "batch.micro_size": str(micro_size)}
 
 
 def remember_source(out: Path, source: dict) -> None:

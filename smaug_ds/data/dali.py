@@ -112,7 +112,7 @@ class Pixels:
     def __call__(self, clips: Sequence[Clip]) -> Tensor:
         """(B, T, 3, S, S) uint8 on the device; all clips have the same T. The result belongs to the caller.
 
-        Raises RuntimeError where DALI cannot decode a clip.
+        Raises RuntimeError where DALI cannot decode a clip; other batches can follow.
         """
         decoded = [i for i, clip in enumerate(clips) if clip.encoded is None]
         encoded = [i for i, clip in enumerate(clips) if clip.encoded is not None]
@@ -140,7 +140,11 @@ class Pixels:
             inputs |= {"encoded": [clip.encoded for clip in clips], "indices": [clip.indices for clip in clips]}
         else:
             inputs["frames"] = [clip.frames for clip in clips]
-        (output,) = self._built[encoded].run(**inputs)
+        try:
+            (output,) = self._built[encoded].run(**inputs)
+        except RuntimeError as error:
+            del self._built[encoded]  # it is "no longer valid", says DALI: the next batch builds another
+            raise RuntimeError(_reason(error)) from error
         if self._stream is None:
             return torch.from_dlpack(output.as_tensor())  # DALI's buffer, which lives as long as the tensor
         with torch.cuda.stream(self._stream):
@@ -148,6 +152,12 @@ class Pixels:
             self._stream.synchronize()  # DALI may reuse its buffer once ``output`` is gone
         frames.record_stream(torch.cuda.default_stream(self.device))
         return frames
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's report that tells what happened, not where."""
+    report = str(error).strip()
+    return (report.partition("encountered:")[2].strip() or report).partition("\n")[0]
 
 
 def border_gain(height: int, width: int, size: int) -> NDArray[np.float32]:
@@ -188,7 +198,7 @@ def choose_decoder(setting: Literal["auto", "pyav", "nvdec"], device: torch.devi
                 Pixels(size=16, batch_size=1, device=device, threads=1)([clip])
                 codecs.add(codec)
             except RuntimeError as error:
-                reason = f"NVDEC refuses {codec}: {str(error).strip().splitlines()[-1]}"
+                reason = f"NVDEC refuses {codec}: {error}"
     if codecs:
         rest = "pyav decodes images, other codecs, other pixel formats and rotated clips"
         return Decoder("nvdec", frozenset(codecs), f"{', '.join(sorted(codecs))}; {rest}")

@@ -31,13 +31,11 @@ class Ledger:
 
     def __init__(self, folder: Path | str, rank: int) -> None:
         self.path = Path(folder) / f"quarantine.{rank}.jsonl"
-        self.count = 0  # failures written by this process
 
     def write(self, failure: Failure) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(failure), ensure_ascii=False) + "\n")
-        self.count += 1
 
 
 def read_ledgers(folder: Path | str) -> list[Failure]:

@@ -80,6 +80,7 @@ class DataConfig:
 class RawBatch:
     """A batch whose pixels are still missing, with the clips that they are made from."""
 
+    index: int  # of the reader's item that this is
     step: int
     batch: Batch | None  # ``frames`` is empty; None if there is no usable sample
     clips: PackedClips
@@ -181,7 +182,7 @@ class TrainReader(Dataset[RawBatch]):
             found, failed = self._fill(step, medium, positions[slot])
             failures += failed
             if found is None:
-                return RawBatch(step, None, PackedClips.pack([]), failures)
+                return RawBatch(index, step, None, PackedClips.pack([]), failures)
             samples.append(found.sample)
             clips.append(found.clip)
             draws.append(found.draws)
@@ -191,7 +192,7 @@ class TrainReader(Dataset[RawBatch]):
         mlm_noise = _stack([draw.mlm_noise[:length] for draw in draws])
         masked_ids, labels = mask_tokens(text.input_ids, mlm_noise, self.shape.mlm_probability, self.tokenizer)
         batch = _batch(step, medium, samples, captions, draws, text, masked_ids, labels)
-        return RawBatch(step, batch, PackedClips.pack(clips), failures)
+        return RawBatch(index, step, batch, PackedClips.pack(clips), failures)
 
     def _fill(self, step: int, medium: Medium, position: int) -> tuple[_Filled | None, list[Failure]]:
         """The first usable candidate for ``position``, and the failures before it."""
@@ -256,13 +257,13 @@ class EvalReader(Dataset[RawBatch]):
             except (MediaError, ShardError) as error:
                 failures.append(_failure(EVALUATION_STEP, number, entry, error))
         if not samples:
-            return RawBatch(EVALUATION_STEP, None, PackedClips.pack([]), failures)
+            return RawBatch(index, EVALUATION_STEP, None, PackedClips.pack([]), failures)
         captions = [sample.captions[0] for sample in samples]
         text = self.tokenizer.encode(captions, self.shape.max_text_length)
         labels = torch.full_like(text.input_ids, IGNORED)
         neutral = [Draws.neutral(self.shape, frames)] * len(samples)
         batch = _batch(EVALUATION_STEP, medium, samples, captions, neutral, text, text.input_ids, labels)
-        return RawBatch(EVALUATION_STEP, batch, PackedClips.pack(clips), failures)
+        return RawBatch(index, EVALUATION_STEP, batch, PackedClips.pack(clips), failures)
 
 
 def _batch(

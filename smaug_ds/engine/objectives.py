@@ -1,6 +1,6 @@
 """Model and objectives as one module, which the DeepSpeed engine wraps: the arithmetic of a pre-training step.
 
-Letters: B local batch, G global batch, L text tokens, D width.
+Letters: B pairs of this rank, G pairs of all ranks, L text tokens, D width.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Pretraining(nn.Module):
     def _draw_negatives(
         self, visual: VisualOutput, text: TextOutput, batch: Batch
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Columns (B,) of the global batch: a text for each video, a video for each text; and which are valid."""
+        """Columns (B,) among the pairs of all ranks: a text per video, a video per text; and which are valid."""
         all_ids = distributed.all_gather(batch.media_ids)
         scale = losses.inverse_temperature(self.model.logit_scale)
         video_to_text = scale * visual.embedding @ distributed.all_gather(text.embedding).T
@@ -96,11 +96,12 @@ class Pretraining(nn.Module):
         words = batch.mlm_labels[hidden]
         logits = self.model.word_logits(fused[hidden])
         with torch.no_grad():
-            accuracy = (logits.argmax(dim=1) == words).float().mean()
+            accuracy = (logits.argmax(dim=1) == words).float().sum() / max(len(words), 1)
         return {"mlm": losses.mlm(logits, words), "mlm_accuracy": accuracy}
 
     def _pad(self, text: TextOutput) -> tuple[Tensor, Tensor]:
         """States (B, L, D) and mask (B, L), padded to the longest caption of any rank."""
         own = text.states.shape[1]
-        longest = int(distributed.all_reduce_max(torch.tensor(own, device=text.states.device)))
+        # a CPU tensor: ranks agree on it without waiting for the device
+        longest = int(distributed.all_reduce_max(torch.tensor(own)))
         return F.pad(text.states, (0, 0, 0, longest - own)), F.pad(text.mask, (0, longest - own))
