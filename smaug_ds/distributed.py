@@ -9,6 +9,8 @@ losses, so the engine's average over ranks is the gradient of the mean loss, whi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -120,9 +122,25 @@ def any_rank(flag: bool) -> bool:
     return bool(all_reduce_max(torch.tensor([int(flag)])).item())
 
 
-def all_ranks(flag: bool) -> bool:
-    """Whether the flag is set on every rank; the same answer on all ranks."""
-    return not any_rank(not flag)
+@contextmanager
+def agreeing(*kinds: type[Exception]) -> Iterator[None]:
+    """Raises an error of these ``kinds`` that a rank meets within on all ranks, so that none waits for it in vain.
+
+    All ranks enter together; nothing within may wait for another rank. ``kinds`` are made from one text. Unless all
+    ranks have failed, the message begins with the number of the first one that has.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except kinds as caught:
+        error = caught
+    if not any_rank(error is not None):
+        return
+    errors = gather_objects(error)
+    first = next(number for number, told in enumerate(errors) if told is not None)
+    if error is not None and None not in errors:
+        raise error
+    raise type(errors[first])(f"rank {first}: {errors[first]}") from error
 
 
 def _shift(x: Tensor, distance: int) -> Tensor:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, naming, parse, to_dict
-from smaug_ds.data.loader import DataConfig
+from smaug_ds.data.loader import DataConfig, DataError
 from smaug_ds.data.quarantine import Ledger
 from smaug_ds.engine import checkpoint
 from smaug_ds.evaluation.held_out import open_held_out
@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder, config = read_config(options.checkpoint, options.data, options.overrides)
         distributed.init(TIMEOUT_SECONDS)
         run(folder, config, Path(options.out) if options.out else Path(options.checkpoint) / "retrieval.json")
-    except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+    except (ConfigError, DataError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks raise it, see distributed.agreeing
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     finally:
         distributed.shutdown()
     return 0
@@ -82,11 +82,12 @@ def read_config(path: str, data: str | None, overrides: Sequence[str] = ()) -> t
 def run(folder: Path, config: EvaluateConfig, out: Path) -> RetrievalResult:
     """Evaluates the checkpoint ``folder`` on all ranks; the main one writes ``out`` and prints a table.
 
-    Raises ConfigError when checkpoint, tokenizer or shards cannot be used.
+    Raises ConfigError when checkpoint, tokenizer or shards cannot be used, DataError when a data worker dies.
     """
-    model, tokenizer = load_model(folder, config)
-    ledger = Ledger(out.parent / "evaluation", distributed.rank())
-    loader = open_held_out(config.model, config.data, config.evaluation, tokenizer, distributed.device(), ledger)
+    with distributed.agreeing(ConfigError):
+        model, tokenizer = load_model(folder, config)
+        ledger = Ledger(out.parent / "evaluation", distributed.rank())
+        loader = open_held_out(config.model, config.data, config.evaluation, tokenizer, distributed.device(), ledger)
     result = evaluate(model, loader, tokenizer, config.evaluation, describe(folder))
     left_out = sum(distributed.gather_objects(loader.failed))
     if distributed.is_main():

@@ -13,7 +13,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from smaug_ds.config import ConfigError, add_arguments, dump, naming, parse, to_
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.loader import DataError, EvalLoader, TrainLoader
 from smaug_ds.data.order import Order
-from smaug_ds.data.quarantine import Ledger, read_ledgers
-from smaug_ds.data.sample import MEDIA, Medium
+from smaug_ds.data.quarantine import Failure, Ledger, read_ledgers
+from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.deepspeed import build_engine, zero_stage
 from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
@@ -34,14 +35,12 @@ from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.optim import Schedule
 from smaug_ds.engine.pictures import make_pictures
 from smaug_ds.engine.preempt import EXIT_CODE, StopRequest
+from smaug_ds.engine.resume import check_resumable, fingerprints
 from smaug_ds.engine.train import Actions, PretrainConfig, train
 from smaug_ds.evaluation.held_out import batch_shape, open_held_out
 from smaug_ds.evaluation.retrieval import evaluate
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
-
-# Settings that a checkpoint fixes: a run that went on with others would not be the same run.
-FIXED = ("run.seed", "batch", "model", "optim.lr", "optim.betas", "optim.eps", "optim.weight_decay")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return pretrain(parse(PretrainConfig, options.config, options.overrides))
     except (ConfigError, DataError, NonFiniteError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks raise it, see distributed.agreeing
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     finally:
@@ -73,41 +72,46 @@ def pretrain(config: PretrainConfig) -> int:
     accumulation = config.batch.accumulation(distributed.world_size())
 
     # ---- data
-    with naming("data.tokenizer"):
-        tokenizer = Tokenizer(config.data.tokenizer)
-    config = with_vocabulary(config, tokenizer.vocab_size)
-    with naming("data.train"):
-        corpus = Corpus.open(config.data.train, config.data.holdout, "train")
-    sizes = {medium: counts.tolist() for medium, counts in corpus.sizes().items()}
-    order = Order(sizes, config.batch.global_size, seed, config.data.shuffle_group)
-    schedule = Schedule.of(config.optim, order.steps_per_epoch, config.run.max_steps)
-    shape = batch_shape(config.model, config.loss.mlm_probability)
-    ledger = Ledger(folder / "quarantine", distributed.rank())
-    loader = TrainLoader(corpus, order, tokenizer, config.data, shape, seed, micro_size, accumulation, device, ledger)
     held_out: EvalLoader | None = None
-    if config.evaluation.split == "train" or config.data.test or config.data.holdout:
-        aside = Ledger(folder / "evaluation", distributed.rank())
-        held_out = open_held_out(config.model, config.data, config.evaluation, tokenizer, device, aside)
-    else:
+    with distributed.agreeing(ConfigError):
+        with naming("data.tokenizer"):
+            tokenizer = Tokenizer(config.data.tokenizer)
+        config = with_vocabulary(config, tokenizer.vocab_size)
+        with naming("data.train"):
+            corpus = Corpus.open(config.data.train, config.data.holdout, "train")
+        sizes = {medium: counts.tolist() for medium, counts in corpus.sizes().items()}
+        order = Order(sizes, config.batch.global_size, seed, config.data.shuffle_group)
+        config.batch.require({medium: order.samples(medium) for medium in MEDIA})
+        schedule = Schedule.of(config.optim, order.steps_per_epoch, config.run.max_steps)
+        shape = batch_shape(config.model, config.loss.mlm_probability)
+        ledger = Ledger(folder / "quarantine", distributed.rank())
+        loader = TrainLoader(
+            corpus, order, tokenizer, config.data, shape, seed, micro_size, accumulation, device, ledger
+        )
+        if config.evaluation.split == "train" or config.data.test or config.data.holdout:
+            aside = Ledger(folder / "evaluation", distributed.rank())
+            held_out = open_held_out(config.model, config.data, config.evaluation, tokenizer, device, aside)
+        marks = fingerprints(sizes, tokenizer)
+    if held_out is None:
         say("no evaluation: neither data.test nor data.holdout is set")
 
     # ---- checkpoint to resume from: looked at before anything slow
-    samples = {medium: order.samples(medium) for medium in MEDIA}
     state: dict[str, Any] = {}
-    with naming("run.folder"):
+    with distributed.agreeing(ConfigError), naming("run.folder"):
+        require_writable(folder)
         latest = checkpoint.latest(folder / "checkpoints")
-        if latest:
+    if latest:
+        with naming("run.folder"):
             state = checkpoint.read_state(latest)
-            check_resumable(state, config, samples, latest)
+        check_resumable(state, to_dict(config), marks, latest)
 
     # ---- model
     torch.manual_seed(seed)
     model = SmaugModel(config.model)
     if config.run.init_from and not latest:
-        with naming("run.init_from"):
-            say(
-                f"{config.run.init_from}: {checkpoint.initialise(model, checkpoint.load_weights(config.run.init_from))}"
-            )
+        with distributed.agreeing(ConfigError), naming("run.init_from"):
+            taken = checkpoint.initialise(model, checkpoint.load_weights(config.run.init_from))
+        say(f"{config.run.init_from}: {taken}")
 
     # ---- engine
     module = Pretraining(model, config.loss)
@@ -126,11 +130,14 @@ def pretrain(config: PretrainConfig) -> int:
         say(f"resumed from {latest}")
 
     # ---- loop
+    def quarantined() -> list[Failure]:
+        return read_ledgers(ledger.path.parent) if distributed.is_main() else []
+
     def save(step: int) -> None:
         run_state = {
             "loader": loader.state_dict(),
-            "samples": samples,
-            "quarantine": [dataclasses.asdict(failure) for failure in read_ledgers(ledger.path.parent)],
+            "fingerprints": marks,
+            "quarantine": [dataclasses.asdict(failure) for failure in quarantined()],
             "wall_seconds": monitor.wall_seconds(),
             "config": to_dict(config),
         }
@@ -149,6 +156,12 @@ def pretrain(config: PretrainConfig) -> int:
 
     steps_told = f"{order.steps_per_epoch} steps of {order.global_batch} per epoch, {schedule.total_steps} in all"
     say(f"{len(corpus)} samples, {steps_told}; decoder {loader.decoder}")
+    if accumulation > 1:
+        at_once = micro_size * distributed.world_size()
+        say(
+            f"contrastive and matching losses see batch.micro_size * ranks = {at_once} pairs at a time "
+            f"(accumulation {accumulation} does not widen them)"
+        )
     actions = Actions(save=save, evaluate=retrieval, draw=lambda batch: make_pictures(model, batch))
     with loader:
         steps = train(engine, loader, order, config.run, schedule.total_steps, accumulation, monitor, stop, actions)
@@ -164,7 +177,7 @@ def pretrain(config: PretrainConfig) -> int:
         "zero_stage": zero_stage(engine),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "decoder": str(loader.decoder),
-        "quarantined": len({(failure.shard, failure.key) for failure in read_ledgers(ledger.path.parent)}),
+        "quarantined": len({(failure.shard, failure.key) for failure in quarantined()}),
         "retrieval": retrieval(steps),
     }
     if distributed.is_main():
@@ -185,34 +198,18 @@ def with_vocabulary(config: PretrainConfig, vocab_size: int) -> PretrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
 
 
-def check_resumable(
-    state: Mapping[str, Any], config: PretrainConfig, samples: Mapping[Medium, int], latest: Path
-) -> None:
-    """Raises ConfigError naming the first setting that differs from the checkpoint's and may not."""
-    before, now = flat(state["config"]), flat(to_dict(config))
-    for key, value in now.items():
-        fixed = key.startswith(FIXED) and not key.endswith(".checkpoint_every")
-        if fixed and key in before and before[key] != value:
-            raise ConfigError(
-                f"{key} is {value}, but {latest} was made with {before[key]}: set it back, or start anew in another "
-                "run.folder with run.init_from"
-            )
-    if state["samples"] != samples:
-        raise ConfigError(f"data.train holds {samples} samples, but {latest} was made with {state['samples']}")
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one of dotted keys."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return leaves
+def require_writable(folder: Path) -> None:
+    """Makes the run folder. Raises ValueError or OSError when it is a file or nothing can be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_configs(folder: Path, config: PretrainConfig, engine: Any) -> None:
     """Leaves the whole run config and the whole DeepSpeed config in the run folder."""
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
         dump(config, folder / "config.yaml")
         (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=2) + "\n", encoding="utf-8")
     distributed.barrier()

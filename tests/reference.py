@@ -29,7 +29,7 @@ def keep_and_fuse(x: Tensor, ids: Tensor, matrix: Tensor, keep_rate: float, fuse
     """``x`` (B, 1 + n, D) with the class token, ``matrix`` (B, H, 1 + n, 1 + n); clip by clip, token by token."""
     rows, row_ids = [], []
     for clip in range(len(x)):
-        scores = [float(matrix[clip, :, 0, 1 + token].mean()) for token in range(x.shape[1] - 1)]
+        scores = [matrix[clip, :, 0, 1 + token].mean().item() for token in range(x.shape[1] - 1)]
         keep = math.ceil(round(keep_rate * len(scores), 6))
         order = sorted(range(len(scores)), key=lambda token: -scores[token])
         kept, dropped = sorted(order[:keep]), order[keep:]

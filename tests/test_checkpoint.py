@@ -8,6 +8,7 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ from smaug_ds.engine import checkpoint
 
 
 class FakeEngine:
-    """Writes and reads a file as DeepSpeed does."""
+    """Writes and reads a file as DeepSpeed does; there is no rate to renew."""
 
     def __init__(self, content: str = "") -> None:
         self.content = content
+        self.optimizer = SimpleNamespace(param_groups=[])
+        self.lr_scheduler = SimpleNamespace(base_lrs=[], lr_lambdas=[], last_epoch=0)
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         assert not save_latest, "DeepSpeed's own pointer moves before all ranks are done"
@@ -68,6 +71,27 @@ def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 10, keep=1)
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_10"]
     assert load(tmp_path)[0] == "step_10"
+
+
+def test_what_is_not_called_like_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    for name in ("step_1_best", "step_best", "step_007"):
+        (tmp_path / name).mkdir()
+    for step in (2, 6, 8):
+        save(tmp_path, step, keep=1)
+    names = sorted(path.name for path in tmp_path.glob("step_*"))
+    assert names == ["step_007", "step_1_best", "step_8", "step_best"]
+
+
+@pytest.mark.parametrize("pointer", [None, "", "\n"])
+def test_checkpoints_without_a_pointer_are_no_fresh_start(tmp_path: Path, pointer: str | None) -> None:
+    save(tmp_path, 4), save(tmp_path, 16)
+    (tmp_path / "latest").unlink()
+    if pointer is not None:
+        (tmp_path / "latest").write_text(pointer)
+    with pytest.raises(ValueError, match="holds step_4, step_16 but `latest` is missing or empty: write one of these"):
+        checkpoint.latest(tmp_path)
+    (tmp_path / "latest").write_text("step_4")
+    assert load(tmp_path)[1]["step"] == 4
 
 
 def test_saving_the_latest_step_again_does_nothing(tmp_path: Path) -> None:

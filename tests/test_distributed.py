@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from smaug_ds import distributed
+from smaug_ds.config import ConfigError
 from tests.ranks import run_ranks
 
 ROWS, WIDTH = 3, 4
@@ -48,10 +49,21 @@ def gather_and_differentiate() -> dict[str, Any]:
         "received": received.detach().numpy(),
         "sent_gradient": y.grad.numpy(),
         "any": [distributed.any_rank(rank == n) for n in (0, world_size - 1, world_size)],
-        "all": [distributed.all_ranks(rank < n) for n in (1, world_size)],
+        "told": [told(rank in failing) for failing in ((), (1,), range(world_size))],
         "objects": distributed.gather_objects({"rank": rank}),
         "main": distributed.is_main(),
     }
+
+
+def told(fails: bool) -> str | None:
+    """What this rank hears when those that ``fails`` have an error."""
+    try:
+        with distributed.agreeing(ConfigError):
+            if fails:
+                raise ConfigError(f"{distributed.rank()} failed")
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -80,7 +92,8 @@ def test_every_collective_equals_one_process(world_size: int) -> None:
         assert sent.grad is not None
         torch.testing.assert_close(torch.from_numpy(result["sent_gradient"]), sent.grad)
         assert result["any"] == [True, True, False]
-        assert result["all"] == [world_size == 1, True]
+        one = "rank 1: 1 failed" if world_size > 1 else None
+        assert result["told"] == [None, one, f"{rank} failed"]
         assert result["objects"] == [{"rank": r} for r in range(world_size)]
         assert result["main"] == (rank == 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,18 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError
-from smaug_ds.engine.deepspeed import build_engine, load_json, resolve, zero_stage
+from smaug_ds.config import ConfigError, to_dict
+from smaug_ds.engine.deepspeed import (
+    OPTIMIZER_OWNED_BY_RUN_CONFIG,
+    OWNED_BY_RUN_CONFIG,
+    build_engine,
+    load_json,
+    resolve,
+    zero_stage,
+)
 from smaug_ds.engine.optim import OptimConfig, Schedule, parameter_groups
+from smaug_ds.engine.resume import flat
+from smaug_ds.engine.train import PretrainConfig
 from tests.ranks import run_ranks
 from tests.standin import CPU_JSON, ROOT, Batches, Standin, batch_of, order_of, write_json
 
@@ -131,6 +141,24 @@ def test_every_json_we_ship_is_accepted(path: Path) -> None:
         ({"colour": 1}, ["unknown key colour", "known keys: aio"]),
         ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage is 3", "1 or 2"]),
         ({"zero_optimization": {}}, ["zero_optimization.stage is 0"]),
+        (
+            {"zero_optimization": {"stage": "2"}},
+            ['zero_optimization.stage: expected a whole number, found a text: "2"'],
+        ),
+        ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage: expected a whole number", "true or false"]),
+        ({"zero_optimization": True}, ["zero_optimization: expected an object, found true or false: true"]),
+        ({"bf16": True}, ["bf16: expected an object"]),
+        ({"fp16": None}, ["fp16: expected an object, found null"]),
+        ({"communication_data_type": 16}, ["communication_data_type: expected a text, found a whole number: 16"]),
+        ({"steps_per_print": "10"}, ["steps_per_print: expected a whole number"]),
+        ({"optimizer": []}, ["optimizer: expected an object, found a list: []"]),
+        ({"optimizer": {"params": [1]}}, ["optimizer.params: expected an object"]),
+        ({"optimizer": {"type": "Lamb"}}, ['optimizer.type is "Lamb": it must be AdamW']),
+        ({"optimizer": {"type": 3}}, ["optimizer.type is 3"]),
+        ({"optimizer": {"name": "AdamW"}}, ["unknown key optimizer.name; known here: type, params"]),
+        ({"optimizer": {"params": {"amsgrad": True}}}, ["unknown key optimizer.params.amsgrad", "bias_correction"]),
+        ({"optimizer": {"params": {"fused": True}}}, ["unknown key optimizer.params.fused; known without torch_adam"]),
+        ({"optimizer": {"params": {"torch_adam": 1}}}, ["optimizer.params.torch_adam: expected true or false"]),
     ],
 )
 def test_a_bad_json_is_told_in_one_line(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
@@ -161,9 +189,18 @@ def refusals(paths: list[str]) -> list[str]:
     return messages
 
 
+def test_who_owns_a_key_is_a_setting_that_exists() -> None:
+    keys = flat(to_dict(PretrainConfig()))
+    for owners in [*OWNED_BY_RUN_CONFIG.values(), *OPTIMIZER_OWNED_BY_RUN_CONFIG.values()]:
+        for owner in re.split(", | and ", owners):
+            assert owner in keys
+
+
 def test_what_deepspeed_refuses_is_told_in_one_line(tmp_path: Path) -> None:
     unknown = write_json(tmp_path / "unknown.json", zero_optimization={"stage": 2, "overlap_com": False})
     both = write_json(tmp_path / "both.json", bf16={"enabled": True}, fp16={"enabled": True})
-    (messages,) = run_ranks(refusals, 1, [str(unknown), str(both)])
-    for path, message, part in zip((unknown, both), messages, ("overlap_com", "fp16"), strict=True):
+    kind = write_json(tmp_path / "kind.json", communication_data_type="fp17")
+    (messages,) = run_ranks(refusals, 1, [str(unknown), str(both), str(kind)])
+    told = ("overlap_com", "fp16", "communication_data_type")
+    for path, message, part in zip((unknown, both, kind), messages, told, strict=True):
         assert message.startswith(f"run.deepspeed={path}: ") and part in message and "\n" not in message

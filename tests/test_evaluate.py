@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from smaug_ds import evaluate
+from smaug_ds import distributed, evaluate
 from smaug_ds.config import to_dict
-from smaug_ds.data.loader import DataConfig
+from smaug_ds.data.loader import DataConfig, DataError
+from smaug_ds.data.sample import Batch
+from smaug_ds.evaluation import retrieval
 from smaug_ds.evaluation.retrieval import RetrievalConfig
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.text import Tokenizer
@@ -94,6 +97,36 @@ def test_mistakes_are_one_line(
     assert evaluate.main(["--checkpoint", str(run_folder), *changed]) == 2
     printed = capsys.readouterr().err.strip()
     assert printed.startswith("error: ") and message in printed and "\n" not in printed
+
+
+def test_data_that_fail_are_one_line(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise DataError("rank 1: data worker 7 died")
+
+    monkeypatch.setattr(evaluate, "run", fail)
+    assert evaluate.main(["--checkpoint", str(run_folder)]) == 1
+    assert capsys.readouterr().err == "error: rank 1: data worker 7 died\n"
+
+
+def lose_clips_on_rank_1(run_folder: Path) -> str | None:
+    def clips() -> Iterator[Batch]:
+        if distributed.rank() == 1:
+            raise DataError("data worker 7 died")
+        yield from ()
+
+    folder, config = evaluate.read_config(str(run_folder), None)
+    model, tokenizer = evaluate.load_model(folder, config)
+    try:
+        retrieval.evaluate(model, clips(), tokenizer, config.evaluation)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def test_data_that_fail_on_one_rank_end_the_evaluation_on_all(run_folder: Path) -> None:
+    assert run_ranks(lose_clips_on_rank_1, 2, run_folder) == ["rank 1: data worker 7 died"] * 2
 
 
 def test_vocabulary_of_another_size(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,12 @@ import torch
 
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.losses import LossConfig
+from smaug_ds.model.frame_selector import SelectorConfig
+from smaug_ds.model.language import TextConfig
+from smaug_ds.model.pixel_decoder import PixelDecoderConfig
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
-from smaug_ds.model.vision import normalise_pixels, patchify, unpatchify
+from smaug_ds.model.temporal import TemporalConfig
+from smaug_ds.model.vision import VisionConfig, normalise_pixels, patchify, unpatchify
 from tests.models import random_batch, small_config, small_model
 
 
@@ -149,11 +153,68 @@ def test_inference_without_sparsification_keeps_every_token() -> None:
     [
         ({"frames": 2, "frames_kept": 3}, r"model\.frames_kept is 3.*model\.frames = 2"),
         ({"frames": 0}, r"model\.frames is 0"),
+        ({"projection": 0}, r"model\.projection is 0: it must be at least 1"),
+        (
+            {"frames": 2, "temporal": {"heads": 5}},
+            r"model\.vision\.width is 768, .* model\.temporal\.heads, which is 5",
+        ),
+        (
+            {"frames": 2, "selector": {"heads": 5}},
+            r"model\.vision\.width is 768, .* model\.selector\.heads, which is 5",
+        ),
     ],
 )
 def test_impossible_model_is_refused(values: dict, key: str) -> None:
+    sections = {"temporal": TemporalConfig, "selector": SelectorConfig}
     with pytest.raises(ValueError, match=key):
-        ModelConfig(**values)
+        ModelConfig(**{name: sections[name](**value) if name in sections else value for name, value in values.items()})
+
+
+def test_parts_that_a_stage_lacks_need_not_fit() -> None:
+    assert ModelConfig(temporal=TemporalConfig(heads=5), selector=SelectorConfig(heads=5)).frames == 1
+
+
+SECTIONS = {
+    "vision": (VisionConfig, ["image_size", "patch_size", "width", "depth", "mlp_width", "heads"]),
+    "text": (TextConfig, ["width", "mlp_width", "text_layers", "fusion_layers", "heads"]),
+    "decoder": (PixelDecoderConfig, ["width", "depth", "heads"]),
+    "selector": (SelectorConfig, ["depth", "heads", "mlp_width"]),
+    "temporal": (TemporalConfig, ["depth", "heads"]),
+}
+
+
+@pytest.mark.parametrize(("section", "name"), [(part, name) for part, (_, names) in SECTIONS.items() for name in names])
+def test_sizes_below_one_are_refused(section: str, name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(ValueError, match=rf"model\.{section}\.{name} is {value}: it must be at least 1"):
+            SECTIONS[section][0](**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        ("vision", {"heads": 5}, r"model\.vision\.width is 768, not a multiple of model\.vision\.heads, which is 5"),
+        ("text", {"heads": 5}, r"model\.text\.width is 768, not a multiple of model\.text\.heads"),
+        ("decoder", {"heads": 5}, r"model\.decoder\.width is 512, not a multiple of model\.decoder\.heads"),
+        (
+            "vision",
+            {"sparsify_layers": (4, 7, 4)},
+            r"model\.vision\.sparsify_layers is \[4, 7, 4\]: name each layer once",
+        ),
+        (
+            "vision",
+            {"image_size": 32, "mask_ratio": 0.9},
+            r"model\.vision\.mask_ratio is 0\.9, which masks all of the 4",
+        ),
+        ("text", {"dropout": 1.0}, r"model\.text\.dropout is 1\.0: it must lie in \[0, 1\)"),
+        ("text", {"dropout": -0.1}, r"model\.text\.dropout is -0\.1"),
+        ("text", {"vocab_size": -1}, r"model\.text\.vocab_size is -1"),
+        ("selector", {"temperature": 0.0}, r"model\.selector\.temperature is 0\.0: it must be above 0"),
+    ],
+)
+def test_an_impossible_section_is_refused(section: str, values: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SECTIONS[section][0](**values)
 
 
 def test_wrong_image_size_is_refused() -> None:

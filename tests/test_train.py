@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError
+from smaug_ds.config import ConfigError, parse
+from smaug_ds.data.quarantine import DataError
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.deepspeed import build_engine
 from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
@@ -32,9 +33,12 @@ OPTIM = OptimConfig(lr=0.01, min_lr=0.0, warmup_steps=2)
 TIMINGS = ("seconds_per_step", "samples_per_second")
 
 
-def run(folder: Path, module: Standin, stop_at: int = -1, log_every: int = 1) -> dict[str, Any]:
-    """Trains the stand-in from its latest checkpoint on; rank 1 is told to stop once step ``stop_at`` is logged."""
-    schedule = Schedule.of(OPTIM, 1, TOTAL)
+def run(
+    folder: Path, module: Standin, stop_at: int = -1, log_every: int = 1, total: int = TOTAL, lose_at: int = -1
+) -> dict[str, Any]:
+    """Trains the stand-in from its latest checkpoint on, ``total`` steps in all; rank 1 is told to stop once step
+    ``stop_at`` is logged, and has no data for the second micro step of step ``lose_at``."""
+    schedule = Schedule.of(OPTIM, 1, total)
     engine = build_engine(module, CPU_JSON, OPTIM, schedule, MICRO, ACCUMULATION)
     torch.manual_seed(distributed.rank())
     latest = checkpoint.latest(folder)
@@ -42,7 +46,7 @@ def run(folder: Path, module: Standin, stop_at: int = -1, log_every: int = 1) ->
     if distributed.is_main():
         folder.mkdir(exist_ok=True)
     distributed.barrier()
-    monitor = Monitor(folder, engine.device, TOTAL, GLOBAL, first_step)
+    monitor = Monitor(folder, engine.device, total, GLOBAL, first_step)
     if latest:
         monitor.meters.load_state_dict(checkpoint.restore(engine, latest)["meters"], engine.device)
     order, stop = order_of(GLOBAL), StopRequest()
@@ -58,7 +62,9 @@ def run(folder: Path, module: Standin, stop_at: int = -1, log_every: int = 1) ->
 
     class Signalled(Batches):
         def __iter__(self) -> Any:
-            for batch in super().__iter__():
+            for number, batch in enumerate(super().__iter__()):
+                if distributed.rank() == 1 and batch.step + 1 == lose_at and number % ACCUMULATION == 1:
+                    raise DataError("too many samples fail")
                 if distributed.rank() == 1 and batch.step + 1 == stop_at:
                     stop._handle(signal.SIGUSR1, None)
                 yield batch
@@ -67,9 +73,9 @@ def run(folder: Path, module: Standin, stop_at: int = -1, log_every: int = 1) ->
     config = RunConfig(log_every=log_every, save_every=4, picture_every=5, evaluate_every=3)
     actions = Actions(save=save, evaluate=calls["evaluate"].append, draw=draw)
     try:
-        done = train(engine, batches, order, config, TOTAL, ACCUMULATION, monitor, stop, actions)
+        done = train(engine, batches, order, config, total, ACCUMULATION, monitor, stop, actions)
         error = None
-    except NonFiniteError as caught:
+    except (NonFiniteError, DataError) as caught:
         done, error = -1, str(caught)
     monitor.close()
     weights = {name: value.numpy() for name, value in module.state_dict().items()}
@@ -100,6 +106,9 @@ def all_runs(folder: str) -> dict[str, Any]:
         module = Standin()
         setattr(module, name, 2)
         results[name] = run(base / name, module)
+    results["lost"] = run(base / "lost", Standin(), lose_at=6)
+    run(base / "extended", Standin(), total=5)  # to its end, and then further
+    results["extended"] = run(base / "extended", Standin())
     results["before_break"] = run(base / "before_break", Standin(), stop_at=2)
     return results
 
@@ -170,6 +179,38 @@ def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(
         assert_same_weights(results[name]["weights"], results["before_break"]["weights"])
 
 
+def test_data_that_fail_on_one_rank_stop_all_and_name_it(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        assert results["lost"]["error"] == "rank 1: too many samples fail"
+        assert results["lost"]["save"] == [4]
+
+
+def test_an_extended_run_takes_the_rate_of_its_own_schedule(ranks: list[dict[str, Any]], folder: Path) -> None:
+    assert ranks[0]["extended"]["done"] == TOTAL
+    before, after = Schedule.of(OPTIM, 1, 5), Schedule.of(OPTIM, 1, TOTAL)
+    expected = [0.01 * (before if step < 5 else after)(step) for step in range(TOTAL)]
+    assert [line["lr"] for line in figures(folder / "extended")] == pytest.approx(expected)
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, torch.device("cpu"), total_steps=2, global_batch=1)
+    for step, loss in enumerate((float("nan"), 2.0), start=1):
+        monitor.meters.add("video", {"loss": torch.tensor(loss)})
+        monitor.log(step, {"lr": 0.1, "gradient_norm": float("inf")})
+    monitor.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    texts = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(text, parse_constant=refuse) for text in texts)
+    assert (first["loss/video"], first["gradient_norm"], second["loss/video"]) == (None, None, 2.0)
+    assert monitor.summary()["losses_first"] == {}
+    again = Monitor(tmp_path, torch.device("cpu"), total_steps=2, global_batch=1, first_step=2)
+    again.close()
+    assert again.summary()["losses_last"] == {"loss": 2.0}
+
+
 def test_signals_set_the_flag_and_a_second_interrupt_ends_at_once() -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
@@ -202,10 +243,39 @@ def test_the_batch_sizes_have_to_meet() -> None:
         BatchConfig(global_size=24, micro_size=5).accumulation(world_size=2)
 
 
+def test_a_medium_has_to_fill_a_batch() -> None:
+    sizes = BatchConfig(global_size=64, micro_size=4)
+    sizes.require({"video": 64, "image": 0})
+    with pytest.raises(
+        ConfigError, match=r"batch\.global_size is 64, .* only 61 samples of medium image.*to 61 or less"
+    ):
+        sizes.require({"video": 86, "image": 61})
+
+
 @pytest.mark.parametrize("key", ["log_every", "keep_checkpoints", "max_steps", "save_every"])
 def test_a_bad_run_setting_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"run\.{key} is -1"):
         RunConfig(**{key: -1})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["model.vision.mask_ratio=0"], r"model\.vision\.mask_ratio is 0\.0, which masks none .* loss\.mvm is 1\.0"),
+        (["model.vision.mask_ratio=0.001"], r"model\.vision\.mask_ratio is 0\.001, which masks none of the 196"),
+        ([f"loss.{name}=0" for name in ("vtc", "vtm", "mlm", "mvm")], r"loss\.vtc, .* and loss\.mvm are all 0"),
+        (["run.seed=2147483648"], r"run\.seed is 2147483648: it must be below 2\*\*31"),
+        (["model.vision.patch_size=0"], r"model\.vision\.patch_size is 0"),
+        (["model.selector.temperature=0"], r"model\.selector\.temperature is 0\.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse(PretrainConfig, None, overrides)
+
+
+def test_without_reconstruction_no_mask_is_needed() -> None:
+    assert parse(PretrainConfig, None, ["model.vision.mask_ratio=0", "loss.mvm=0"]).loss.mvm == 0
 
 
 def test_the_defaults_are_a_config() -> None:
@@ -296,6 +366,7 @@ def test_a_signal_to_a_real_run_saves_and_stage_two_starts_from_it(
 
     stage_two = ["model.frames=4", "model.frames_kept=2", f"run.init_from={first}", "run.max_steps=3"]
     output = finish(launch([*settings(toy_shards, toy_media, second), *stage_two]))
+    assert "losses see batch.micro_size * ranks = 8 pairs at a time (accumulation 2 does not widen them)" in output
     assert "missing: " in output and "(selector, temporal), unused: none" in output
     losses = [value for line in figures(second) for name, value in line.items() if name.startswith("loss/")]
     assert len(losses) == 3 and all(np.isfinite(losses))
@@ -314,6 +385,11 @@ def test_a_signal_to_a_real_run_saves_and_stage_two_starts_from_it(
         ("model.text.vocab_size=7", "model.text.vocab_size is 7, but data.tokenizer"),
         ("run.init_from=nowhere", "run.init_from: nowhere is neither"),
         ("optim.warmup_steps=8", "optim.warmup_steps makes 8 warm-up steps"),
+        ("batch.global_size=1000", "batch.global_size is 1000, but data.train has only "),
+        (f"run.folder={__file__}", f"run.folder: {__file__} is a file"),
+        (f"run.folder={__file__}/run", "run.folder: "),
+        ("model.text.heads=3", "model.text.width is 32, not a multiple of model.text.heads, which is 3"),
+        ("loss.mlm_probability=1", "loss.mlm_probability is 1"),
     ],
 )
 def test_a_bad_setting_ends_the_run_with_one_line_that_names_it(
@@ -329,6 +405,28 @@ def test_a_bad_setting_ends_the_run_with_one_line_that_names_it(
             signal.signal(number, handler)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and told in lines[0]
+
+
+def test_checkpoints_without_a_pointer_end_the_run_with_one_line(
+    toy_shards: Path, toy_media: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old" / "checkpoints" / "step_4").mkdir(parents=True)
+    test_a_bad_setting_ends_the_run_with_one_line_that_names_it(
+        toy_shards, toy_media, tmp_path, capfd, f"run.folder={tmp_path / 'old'}", "holds step_4 but `latest` is missing"
+    )
+
+
+def test_data_that_fail_end_the_run_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from smaug_ds import pretrain
+
+    def fail(config: PretrainConfig) -> int:
+        raise DataError("rank 1: data worker 7\ndied")
+
+    monkeypatch.setattr(pretrain, "pretrain", fail)
+    assert pretrain.main([]) == 1
+    assert capfd.readouterr().err == "error: rank 1: data worker 7 died\n"
 
 
 def test_a_bad_deepspeed_json_ends_the_run_with_one_line(

@@ -249,6 +249,8 @@ def decode_image(media: bytes) -> NDArray[np.uint8]:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):  # PIL would clip 16 bits to white
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if upright.mode == "P" and "transparency" in upright.info:  # PIL warns on the direct way; the pixels are equal
+            upright = upright.convert("RGBA")
         return np.asarray(upright.convert("RGB"))[None]
 
 

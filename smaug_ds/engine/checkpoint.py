@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
@@ -85,9 +86,19 @@ def save(
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of ``folder`` to resume from, or None."""
-    name = _read_pointer(folder)
-    return folder / name if name else None
+    """The checkpoint of ``folder`` to resume from, or None where there is none at all.
+
+    Raises ValueError when there are checkpoints but nothing says which one: starting anew would overwrite them.
+    """
+    if name := _read_pointer(folder):
+        return folder / name
+    if numbers := _step_numbers(folder):
+        names = ", ".join(f"step_{number}" for number in numbers)
+        raise ValueError(
+            f"{folder} holds {names} but `{LATEST}` is missing or empty: write one of these names into it, or give "
+            "another run.folder"
+        )
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -110,12 +121,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def restore(engine: Any, checkpoint: Path) -> dict[str, Any]:
     """Puts a checkpoint that ``read_state`` has passed into ``engine`` and the random states of this rank.
 
+    The learning rate goes on by the engine's own schedule, which may be longer than the one of the checkpoint.
     Returns the ``rank_state`` that ``save`` was given.
     """
-    from smaug_ds.engine.deepspeed import safe_load
+    from smaug_ds.engine.deepspeed import renew_rate, safe_load
 
     with safe_load():
         engine.load_checkpoint(str(checkpoint), tag="engine")
+    renew_rate(engine)
     rank_state = torch.load(checkpoint / f"rank_{distributed.rank():05d}.pt", map_location="cpu", weights_only=True)
     set_random_state(rank_state.pop("random"))
     return rank_state
@@ -124,10 +137,11 @@ def restore(engine: Any, checkpoint: Path) -> dict[str, Any]:
 def verify(checkpoint: Path) -> None:
     """Compares every file with the manifest; the ranks share the work. Raises ValueError naming what is damaged."""
     remedy = f"remove {checkpoint} and write the name of an older checkpoint into {checkpoint.parent / LATEST}"
-    try:
-        expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{checkpoint / MANIFEST} cannot be read ({error}): {remedy}") from error
+    with distributed.agreeing(ValueError):
+        try:
+            expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{checkpoint / MANIFEST} cannot be read ({error}): {remedy}") from error
     found = _on_all_ranks(checkpoint, _describe)
     for name, facts in expected.items():
         if name not in found:
@@ -228,9 +242,14 @@ def _publish(aside: Path, final: Path) -> None:
 
 def _retain(folder: Path, step: int, keep: int) -> None:
     """Removes all but the last ``keep`` checkpoints up to ``step``; what a run went back behind is the user's."""
-    numbers = sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
-    for number in [number for number in numbers if number <= step][:-keep]:
+    for number in [number for number in _step_numbers(folder) if number <= step][:-keep]:
         shutil.rmtree(folder / f"step_{number}")
+
+
+def _step_numbers(folder: Path) -> list[int]:
+    """Numbers of the checkpoints of ``folder``; what else lies there, such as a copy ``step_6_best``, is the user's."""
+    names = (re.fullmatch(r"step_(0|[1-9]\d*)", path.name) for path in folder.glob("step_*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def _on_all_ranks(folder: Path, describe: Callable[[Path], dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ in between. The one thing read at every step is whether they are finite, just be
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict, deque
@@ -168,13 +169,15 @@ class Monitor:
         steps, elapsed = step - self._last_step, now - self._last_time
         self._last_step, self._last_time = step, now
         rate = steps * self.global_batch / elapsed
-        line = {"step": step, **means, **figures, "samples_per_second": rate}
-        line |= {f"seconds_per_step/{phase}": value / steps for phase, value in seconds.items()}
-        self._file.write(json.dumps(line) + "\n")
+        shown = {"step": step, **means, **figures, "samples_per_second": rate}
+        shown |= {f"seconds_per_step/{phase}": value / steps for phase, value in seconds.items()}
+        # JSON has no NaN: a figure that is not finite is null, as is the gradient norm of a step that fp16 skipped.
+        line = {name: value if math.isfinite(value) else None for name, value in shown.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         self._remember(line)
         for name, value in line.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, step)
         self._show(step, means, figures, rate, seconds["data"] / elapsed)
 
@@ -255,9 +258,13 @@ def truncate_lines(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _mean_losses(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of each loss over logged lines and media."""
-    values = {name: [line[f"{name}/{m}"] for line in lines for m in MEDIA if f"{name}/{m}" in line] for name in LOSSES}
-    return {name: sum(of) / len(of) for name, of in values.items() if of}
+    """Mean of each loss over logged lines and media, without those that were not finite."""
+    means = {}
+    for name in LOSSES:
+        values = [line.get(f"{name}/{medium}") for line in lines for medium in MEDIA]
+        if known := [value for value in values if value is not None]:
+            means[name] = sum(known) / len(known)
+    return means
 
 
 def _clock(seconds: float) -> str:

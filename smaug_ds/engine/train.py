@@ -10,15 +10,16 @@ import numpy as np
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
-from smaug_ds.data.loader import DataConfig
+from smaug_ds.data.loader import DataConfig, DataError
 from smaug_ds.data.order import Order
-from smaug_ds.data.sample import Batch
+from smaug_ds.data.sample import Batch, Medium
 from smaug_ds.engine.monitor import Monitor, non_finite
 from smaug_ds.engine.optim import OptimConfig
 from smaug_ds.engine.preempt import StopRequest
 from smaug_ds.evaluation.retrieval import RetrievalConfig
 from smaug_ds.losses import LossConfig
 from smaug_ds.model.smaug import ModelConfig
+from smaug_ds.model.sparsify import visible_count
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class RunConfig:
         for name in ("seed", "max_steps", "save_every", "picture_every", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}: it must be at least 0")
+        if self.seed >= 2**31:
+            raise ConfigError(f"run.seed is {self.seed}: it must be below 2**31 = {2**31}")
         for name in ("log_every", "keep_checkpoints", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}: it must be above 0")
@@ -68,6 +71,16 @@ class BatchConfig:
             )
         return self.global_size // at_once
 
+    def require(self, samples: Mapping[Medium, int]) -> None:
+        """Raises ConfigError when a step of a medium that occurs would hold one of its ``samples`` twice."""
+        for medium, count in samples.items():
+            if 0 < count < self.global_size:
+                raise ConfigError(
+                    f"batch.global_size is {self.global_size}, but data.train has only {count} samples of medium "
+                    f"{medium}, so that a step would repeat some: lower batch.global_size to {count} or less, or leave "
+                    f"the {medium}s out of data.train"
+                )
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -80,6 +93,16 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+    def __post_init__(self) -> None:
+        loss, vision = self.loss, self.model.vision
+        if not (loss.vtc or loss.vtm or loss.mlm or loss.mvm):
+            raise ConfigError("loss.vtc, loss.vtm, loss.mlm and loss.mvm are all 0: nothing to learn; raise one")
+        if loss.mvm and visible_count(vision.patches, vision.mask_ratio) == vision.patches:
+            raise ConfigError(
+                f"model.vision.mask_ratio is {vision.mask_ratio}, which masks none of the {vision.patches} patches, "
+                f"but loss.mvm is {loss.mvm}: raise model.vision.mask_ratio or set loss.mvm to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,8 +127,9 @@ def train(
 ) -> int:
     """Trains from ``monitor.first_step`` to ``total_steps`` or until a rank is told to stop; saves in either case.
 
-    Returns the number of finished steps. Raises NonFiniteError on all ranks, before the optimizer steps, when a loss
-    or the gradient is no longer finite (in fp16 DeepSpeed's loss scaler skips such steps instead).
+    Returns the number of finished steps. Raises on all ranks: DataError when the data of one of them fails, and
+    NonFiniteError, before the optimizer steps, when a loss or the gradient is no longer finite (in fp16 DeepSpeed's
+    loss scaler skips such steps instead).
     """
     micro_batches = iter(batches)
     fp16 = engine.fp16_enabled()
@@ -114,7 +138,7 @@ def train(
 
         for micro_step in range(accumulation):
             # ---- batch: of one medium on all ranks, since ZeRO's gradient buckets have to fill alike
-            with monitor.time("data"):
+            with monitor.time("data"), distributed.agreeing(DataError):
                 batch = next(micro_batches).to(engine.device)
             assert (batch.step, batch.medium) == (step, order.medium(step)), f"batch of step {batch.step} in {step}"
 

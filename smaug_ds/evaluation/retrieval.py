@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
+from smaug_ds.data.quarantine import DataError
 from smaug_ds.data.sample import Batch
 from smaug_ds.evaluation.encoding import (
     Clips,
@@ -118,7 +119,8 @@ def evaluate(
         loader: this rank's share of the split, each clip on one rank only.
         checkpoint: what the weights are, for the protocol.
 
-    Raises ValueError when the split is empty or a score is not a number.
+    Raises ValueError when the split is empty or a score is not a number, and DataError, on all ranks, when a loader's
+    worker dies on one of them.
     """
     was_training = model.training
     model.eval()
@@ -132,7 +134,8 @@ def evaluate(
 def _evaluate(
     model: SmaugModel, loader: Iterable[Batch], tokenizer: Tokenizer, config: RetrievalConfig, checkpoint: str
 ) -> RetrievalResult:
-    clips = encode_clips(model, loader)
+    with distributed.agreeing(DataError):
+        clips = encode_clips(model, loader)
     gallery = gather_gallery(clips)
     if not gallery.keys:
         raise ValueError(f"the {config.split} split has no clips: name data.test, or raise data.holdout")

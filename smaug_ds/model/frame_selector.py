@@ -12,6 +12,7 @@ from einops import repeat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smaug_ds.model.checks import require_positive
 from smaug_ds.model.sparsify import gumbel_top_k
 
 
@@ -23,6 +24,11 @@ class SelectorConfig:
     heads: int = 2
     mlp_width: int = 2048
     temperature: float = 1.0  # of the Gumbel softmax
+
+    def __post_init__(self) -> None:
+        require_positive("model.selector", self, "depth", "heads", "mlp_width")
+        if not self.temperature > 0:
+            raise ValueError(f"model.selector.temperature is {self.temperature}: it must be above 0")
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.layers import BertBlock
 
 
@@ -30,14 +31,18 @@ class TextConfig:
     checkpoint_every: int = 0  # recompute every n-th layer in the backward pass: 0 none, 1 all
 
     def __post_init__(self) -> None:
+        require_positive("model.text", self, "width", "mlp_width", "text_layers", "fusion_layers")
+        require_heads("model.text", self.heads, "model.text.width", self.width)
+        if self.vocab_size < 0:
+            raise ValueError(f"model.text.vocab_size is {self.vocab_size}: it must be 0 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.text.dropout is {self.dropout}: it must lie in [0, 1)")
         if self.max_length > self.max_positions:
             raise ValueError(
                 f"model.text.max_length {self.max_length} is more than model.text.max_positions {self.max_positions}"
             )
         if self.max_length < 3:
             raise ValueError(f"model.text.max_length is {self.max_length}: [CLS], a word and [SEP] need 3")
-        if self.width % self.heads:
-            raise ValueError(f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}")
         if self.checkpoint_every < 0:
             raise ValueError(f"model.text.checkpoint_every is {self.checkpoint_every}: it must be 0 or more")
 

@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.layers import gather_tokens
 
 
@@ -26,10 +27,10 @@ class PixelDecoderConfig:
     normalise_targets: bool = False  # targets with the mean and deviation of their patch removed (MAE table 1d)
 
     def __post_init__(self) -> None:
+        require_positive("model.decoder", self, "width", "depth")
+        require_heads("model.decoder", self.heads, "model.decoder.width", self.width)
         if not 0 < self.predicted_share <= 1:
             raise ValueError(f"model.decoder.predicted_share is {self.predicted_share}: it must lie in (0, 1]")
-        if self.width % self.heads:
-            raise ValueError(f"model.decoder.width {self.width} is not a multiple of model.decoder.heads {self.heads}")
 
 
 class PixelDecoder(nn.Module):

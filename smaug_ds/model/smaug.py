@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.frame_selector import FrameChoice, FrameSelector, SelectorConfig
 from smaug_ds.model.language import MultiModalEncoder, TextConfig, TextEncoder, WordHead
 from smaug_ds.model.layers import init_weights
@@ -48,7 +49,11 @@ class ModelConfig:
                 f"model.frames_kept is {self.frames_kept}, but a clip has only model.frames = {self.frames}: "
                 "lower model.frames_kept or raise model.frames"
             )
-
+        require_positive("model", self, "projection")
+        if self.frames > 1:
+            require_heads("model.temporal", self.temporal.heads, "model.vision.width", self.vision.width)
+        if self.frames > self.frames_kept:
+            require_heads("model.selector", self.selector.heads, "model.vision.width", self.vision.width)
         if not 0.01 <= self.temperature <= 1:
             raise ValueError(f"model.temperature is {self.temperature}: it must lie in [0.01, 1]")
 
@@ -85,11 +90,6 @@ class VisualOutput:
     visible_ids: Tensor | None  # (B, V) patches that were seen; None without a mask
     masked_ids: Tensor | None  # (B, N - V)
     layer_ids: list[Tensor]  # kept_ids after each sparsification
-
-    @property
-    def frame_features(self) -> Tensor:
-        """(B, T, D) class token of each frame."""
-        return self.tokens[:, :, 0]
 
     def index(self, rows: Tensor) -> VisualOutput:
         """The clips ``rows`` (R,), in that order."""

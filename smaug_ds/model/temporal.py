@@ -12,6 +12,7 @@ from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smaug_ds.model.checks import require_positive
 from smaug_ds.model.layers import silence_residual
 
 
@@ -21,6 +22,9 @@ class TemporalConfig:
 
     depth: int = 2  # blocks
     heads: int = 12
+
+    def __post_init__(self) -> None:
+        require_positive("model.temporal", self, "depth", "heads")
 
 
 class TemporalEncoder(nn.Module):

@@ -13,6 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.layers import ClipBlock, gather_tokens
 from smaug_ds.model.sparsify import keep_and_fuse, kept_count, random_mask, visible_count
 
@@ -38,15 +39,19 @@ class VisionConfig:
     checkpoint_every: int = 0  # recompute every n-th layer in the backward pass: 0 none, 1 all
 
     def __post_init__(self) -> None:
+        require_positive("model.vision", self, "image_size", "patch_size", "width", "depth", "mlp_width")
+        require_heads("model.vision", self.heads, "model.vision.width", self.width)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model.vision.image_size {self.image_size} is not a multiple of "
                 f"model.vision.patch_size {self.patch_size}"
             )
-        if self.width % self.heads:
-            raise ValueError(f"model.vision.width {self.width} is not a multiple of model.vision.heads {self.heads}")
         if not 0 <= self.mask_ratio <= 0.95:
             raise ValueError(f"model.vision.mask_ratio is {self.mask_ratio}: it must lie in [0, 0.95]")
+        if not visible_count(self.patches, self.mask_ratio):
+            raise ValueError(
+                f"model.vision.mask_ratio is {self.mask_ratio}, which masks all of the {self.patches} patches: lower it"
+            )
         if not 0 < self.keep_rate <= 1:
             raise ValueError(f"model.vision.keep_rate is {self.keep_rate}: it must lie in (0, 1]")
         for layer in self.sparsify_layers:
@@ -54,6 +59,8 @@ class VisionConfig:
                 raise ValueError(
                     f"model.vision.sparsify_layers names layer {layer}, but model.vision.depth is {self.depth}"
                 )
+        if len(set(self.sparsify_layers)) < len(self.sparsify_layers):
+            raise ValueError(f"model.vision.sparsify_layers is {list(self.sparsify_layers)}: name each layer once")
         if self.checkpoint_every < 0:
             raise ValueError(f"model.vision.checkpoint_every is {self.checkpoint_every}: it must be 0 or more")
 
