@@ -10,8 +10,10 @@ if [ "$(cat "$venv/.made-from" 2>/dev/null)" != "$wanted" ]; then
     [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
     "$venv/bin/python" -c 'import sys; v = sys.version_info[:2]; sys.exit(
         0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: set PYTHON")'
-    "$venv/bin/python" -m pip install --quiet --upgrade pip setuptools wheel 2>&1 | { grep -v '^WARNING' || true; } >&2
-    "$venv/bin/python" -m pip install --quiet --editable "$project[test]" 2>&1 | { grep -v '^WARNING' || true; } >&2
+    {
+        "$venv/bin/python" -m pip install --upgrade pip setuptools wheel &&
+            "$venv/bin/python" -m pip install --editable "$project[test]"
+    } > "$venv/install.log" 2>&1 || { tail -n 20 "$venv/install.log" >&2; exit 1; }
     printf '%s\n' "$wanted" > "$venv/.made-from"
 fi
 # shellcheck disable=SC1091

@@ -17,7 +17,7 @@ _LINE = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {rate_fmt}, {re
 def bar(items: Iterable[Item], total: int, name: str, unit: str, shown: bool = True) -> tqdm[Item]:
     """``items`` as they are, counted as they pass; ``total`` of them are expected. ``shown=False`` stays silent.
 
-    Update by hand what does not pass one by one: ``with bar((), total, ...) as work: work.update(50)``.
+    Update by hand what does not pass one by one: ``with bar(range(0), total, ...) as work: work.update(50)``.
     """
     if sys.stderr.isatty():
         return tqdm(items, total=total, desc=name, unit=unit, disable=not shown)

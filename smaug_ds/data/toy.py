@@ -119,7 +119,7 @@ def render_corpus(config: ToyConfig, folder: Path | str, workers: int = 1) -> No
     }
     jobs = [(s, range(k, min(k + CHUNK, count))) for s, count in counts.items() for k in range(0, count, CHUNK)]
     done: dict[Split, Done] = {split: [] for split in SPLITS}
-    with bar((), sum(counts.values()), "render", "files") as work:
+    with bar(range(0), sum(counts.values()), "render", "files") as work:
         results = _run(partial(_render_chunk, config, folder), jobs, workers)
         for (split, numbers), files in zip(jobs, results, strict=True):
             done[split] += files

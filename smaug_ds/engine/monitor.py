@@ -152,13 +152,14 @@ class Monitor:
         self._first: list[dict[str, Any]] = []
         self._last: deque[dict[str, Any]] = deque(maxlen=FIRST_AND_LAST)
         self._logged = 0
+        self._bar: tqdm[Any] | None = None
         if distributed.is_main():
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
             for line in truncate_lines(folder / "metrics.jsonl", first_step):
                 self._remember(line)
             self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            bar = {"total": total_steps, "initial": first_step, "unit": "step", "dynamic_ncols": True}
-            self._bar = tqdm(**bar) if sys.stderr.isatty() else None
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes the means since the last call, after ``step`` finished steps, and ``figures`` as they are."""
