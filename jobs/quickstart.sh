@@ -49,7 +49,7 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 launch() { # stage, further key=value: starts or resumes it under the launcher
     local stage=$1
     shift
-    deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" --module smaug_ds.pretrain \
+    deepspeed --log_level error --num_gpus "$ranks" --master_port "$port" --module smaug_ds.pretrain \
         --config "jobs/experiments/quickstart_$stage.yaml" run.folder="$out/$stage" \
         "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}"
 }

@@ -9,6 +9,8 @@ losses, so the engine's average over ranks is the gradient of the mean loss, whi
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+SECONDS_TO_SPEAK = 5.0  # that the ranks of a host may differ in starting up
 
 
 def rank() -> int:
@@ -141,6 +145,17 @@ def agreeing(*kinds: type[Exception]) -> Iterator[None]:
     if error is not None and None not in errors:
         raise error
     raise type(errors[first])(f"rank {first}: {errors[first]}") from error
+
+
+def print_error(error: Exception) -> None:
+    """One line on standard error from the first rank of a host, for an error that all its ranks meet.
+
+    The others wait a little: when a rank leaves, the launcher ends all of them, and the first one has to have spoken.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
 
 
 def _shift(x: Tensor, distance: int) -> Tensor:

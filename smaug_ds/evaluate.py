@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         distributed.init(TIMEOUT_SECONDS)
         run(folder, config, Path(options.out) if options.out else Path(options.checkpoint) / "retrieval.json")
     except (ConfigError, DataError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks raise it, see distributed.agreeing
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        distributed.print_error(error)  # all ranks raise it, see distributed.agreeing
         return 2 if isinstance(error, ConfigError) else 1
     finally:
         distributed.shutdown()

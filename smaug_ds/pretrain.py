@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -51,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return pretrain(parse(PretrainConfig, options.config, options.overrides))
     except (ConfigError, DataError, NonFiniteError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks raise it, see distributed.agreeing
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        distributed.print_error(error)  # all ranks raise it, see distributed.agreeing
         return 2 if isinstance(error, ConfigError) else 1
     finally:
         distributed.shutdown()
