@@ -7,9 +7,11 @@ venv=${SMAUG_VENV:-$project/.venv}
 wanted=$(cat "$project/setup.cfg" "$project/pyproject.toml"; echo "$project")
 if [ "$(cat "$venv/.made-from" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $venv: some minutes and 6 GB the first time" >&2
-    [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/python" -c 'import sys; v = sys.version_info[:2]; sys.exit(
-        0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: set PYTHON")'
+    if [ ! -x "$venv/bin/python" ]; then
+        "${PYTHON:-python3}" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else
+            "error: Python 3.10 to 3.12 is needed, %d.%d was found: set PYTHON to another interpreter" % v)' || exit 1
+        "${PYTHON:-python3}" -m venv "$venv"
+    fi
     {
         "$venv/bin/python" -m pip install --upgrade pip setuptools wheel &&
             "$venv/bin/python" -m pip install --editable "$project[test]"

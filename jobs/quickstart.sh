@@ -17,10 +17,10 @@ while [ $# -gt 0 ]; do
         --data | --media-root | --out | --clips)
             [ $# -gt 1 ] || fail "$1 needs a value"
             case "$1" in
-                --data) data=$(realpath -m "$2") ;;
+                --data) [ -e "$2" ] || fail "--data $2 does not exist"; data=$(realpath "$2") ;;
                 --media-root) media_root=$(realpath -m "$2") ;;
                 --out) out=$(realpath -m "$2") ;;
-                --clips) clips=$2 ;;
+                --clips) [[ $2 =~ ^[0-9]+$ ]] || fail "--clips $2 is not a number"; clips=$2 ;;
             esac
             shift 2 ;;
         -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;

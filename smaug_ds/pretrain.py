@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code. What a user can mend is one line on standard error."""
     parser = argparse.ArgumentParser(prog="smaug_ds.pretrain", description="Pre-trains SMAUG.")
     add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         return pretrain(parse(PretrainConfig, options.config, options.overrides))
     except (ConfigError, DataError, NonFiniteError) as error:

@@ -436,3 +436,12 @@ def test_a_bad_deepspeed_json_ends_the_run_with_one_line(
     test_a_bad_setting_ends_the_run_with_one_line_that_names_it(
         toy_shards, toy_media, tmp_path, capfd, f"run.deepspeed={path}", "train_batch_size belongs to the run config"
     )
+
+
+def test_settings_may_stand_before_and_after_the_options(capfd: pytest.CaptureFixture[str]) -> None:
+    from smaug_ds.pretrain import main
+
+    assert (
+        main(["data.workers=1", "--config", str(ROOT / "jobs/experiments/pretrain_stage1.yaml"), "model.framse=1"]) == 2
+    )
+    assert "unknown key model.framse" in capfd.readouterr().err

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--size", default="base", help="base or tiny")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         config = parse(ProfileConfig, None, [f"model.size={args.size}", *args.overrides])
         text = config.model.text

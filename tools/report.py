@@ -63,9 +63,12 @@ def print_report(report: dict, path: Path) -> None:
     print(f"{'clips/s':8}{rates}")
     if retrieval := report.get("retrieval"):
         print(f"\nzero-shot retrieval on {retrieval['n']} held-out clips ({retrieval['split']})")
+        cosine = retrieval["dual_encoder"]
+        print(f"  {'':12} {'reranked':>9} {'cosine':>9}")
         for name in ("t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1"):
-            print(f"  {name:12} {retrieval[name]:6.1f} %")
-        print(f"  {'chance_r1':12} {retrieval['chance_r1']:6.1f} %   {'median_rank':12} {retrieval['median_rank']:.1f}")
+            print(f"  {name:12} {retrieval[name]:7.1f} % {cosine[name]:7.1f} %")
+        print(f"  {'median_rank':12} {retrieval['median_rank']:9.1f} {cosine['median_rank']:9.1f}")
+        print(f"  {'chance_r1':12} {retrieval['chance_r1']:7.1f} %")
     print(f"\nquarantined samples: {report['quarantined']}")
     for picture in report["pictures"]:
         print(f"picture: {picture}")
