@@ -32,7 +32,7 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
-started=$(date +%s)
+began=(--started "$(date +%s)")
 
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
     ranks=2 engine=(run.deepspeed=ds_configs/cpu.json)
@@ -46,12 +46,19 @@ python tools/prepare_corpus.py ${data:+--data "$data"} ${media_root:+--media-roo
 corpus=(); while IFS= read -r line; do corpus+=("$line"); done < "$out/corpus.args"
 
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-launch() { # stage, further key=value: starts or resumes it under the launcher
-    local stage=$1
+launch() { # stage, further key=value: starts or resumes it under the launcher, unless it is finished
+    local stage=$1 settings
     shift
+    settings=$(cat "jobs/experiments/quickstart_$stage.yaml"; printf '%s\n' "${corpus[@]}" "$@" "${overrides[@]}")
+    if [ -f "$out/$stage/summary.json" ] && [ "$(cat "$out/$stage/finished.with" 2>/dev/null)" = "$settings" ]; then
+        echo "finished before, see $out/$stage"
+        began=() # the report then adds up what the stages took
+        return
+    fi
     deepspeed --log_level error --num_gpus "$ranks" --master_port "$port" --module smaug_ds.pretrain \
         --config "jobs/experiments/quickstart_$stage.yaml" run.folder="$out/$stage" \
         "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}"
+    printf '%s\n' "$settings" > "$out/$stage/finished.with"
 }
 
 echo "== 2/5 stage 1: one frame"
@@ -61,4 +68,4 @@ launch stage2 run.init_from="$out/stage1"
 echo "== 4/5 pictures"
 python tools/visualise.py "$out/stage2" --out "$out/pictures"
 echo "== 5/5 report"
-python tools/report.py "$out/stage1" "$out/stage2" --pictures "$out/pictures" --started "$started" --out "$out/report.json"
+python tools/report.py "$out/stage1" "$out/stage2" --pictures "$out/pictures" "${began[@]}" --out "$out/report.json"
