@@ -20,8 +20,8 @@ from pathlib import Path
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, naming, parse, to_dict
-from smaug_ds.data.loader import DataConfig, DataError
-from smaug_ds.data.quarantine import Ledger
+from smaug_ds.data.config import DataConfig
+from smaug_ds.data.quarantine import DataError, Ledger
 from smaug_ds.engine import checkpoint
 from smaug_ds.evaluation.held_out import open_held_out
 from smaug_ds.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate

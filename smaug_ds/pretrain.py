@@ -23,9 +23,9 @@ from tqdm import tqdm
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, add_arguments, dump, naming, parse, to_dict
 from smaug_ds.data.index import Corpus
-from smaug_ds.data.loader import DataError, EvalLoader, TrainLoader
+from smaug_ds.data.loader import EvalLoader, TrainLoader
 from smaug_ds.data.order import Order
-from smaug_ds.data.quarantine import Failure, Ledger, read_ledgers
+from smaug_ds.data.quarantine import DataError, Failure, Ledger, read_ledgers
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.deepspeed import build_engine, zero_stage

@@ -11,8 +11,9 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
 from smaug_ds.config import ConfigError
+from smaug_ds.data.clip import Clip, Window
 from smaug_ds.data.dali import Pixels, choose_decoder
-from smaug_ds.data.draw import Clip, Window, centre_crop
+from smaug_ds.data.draw import centre_crop
 from smaug_ds.data.video import Video, choose_frames, decode, probe
 
 CPU = torch.device("cpu")

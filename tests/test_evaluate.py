@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from smaug_ds import distributed, evaluate
 from smaug_ds.config import to_dict
-from smaug_ds.data.loader import DataConfig, DataError
+from smaug_ds.data.config import DataConfig
+from smaug_ds.data.quarantine import DataError
 from smaug_ds.data.sample import Batch
 from smaug_ds.evaluation import retrieval
 from smaug_ds.evaluation.retrieval import RetrievalConfig

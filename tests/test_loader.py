@@ -26,12 +26,14 @@ import torchvision.transforms.v2 as transforms
 import torchvision.transforms.v2.functional as F
 
 from smaug_ds.config import ConfigError
+from smaug_ds.data.clip import Window
+from smaug_ds.data.config import DataConfig
 from smaug_ds.data.dali import Decoder, graph
-from smaug_ds.data.draw import Draws, Window, centre_crop, random_resized_crop
+from smaug_ds.data.draw import Draws, centre_crop, random_resized_crop
 from smaug_ds.data.index import Corpus
-from smaug_ds.data.loader import DataConfig, DataError, EvalLoader, TrainLoader
+from smaug_ds.data.loader import EvalLoader, TrainLoader
 from smaug_ds.data.order import Order, sample_generator, stable_hash
-from smaug_ds.data.quarantine import Budget, Failure, Ledger, read_ledgers
+from smaug_ds.data.quarantine import Budget, DataError, Failure, Ledger, read_ledgers
 from smaug_ds.data.reader import TrainReader
 from smaug_ds.data.sample import Batch, BatchShape
 from smaug_ds.data.shard import Entry
@@ -441,7 +443,7 @@ def test_programming_errors_are_not_swallowed(
     def broken(*_: object) -> None:
         raise TypeError("a slip of the pen")
 
-    monkeypatch.setattr("smaug_ds.data.reader.choose_frames", broken)
+    monkeypatch.setattr("smaug_ds.data.clip.choose_frames", broken)
     with pytest.raises(TypeError, match="slip"):
         take(make_loader(corpus, tokenizer, tmp_path), 20)
     assert not read_ledgers(tmp_path)

@@ -29,7 +29,7 @@ from nvidia.dali import types as dali_types
 from torch import Tensor
 
 from smaug_ds.config import ConfigError
-from smaug_ds.data.draw import Clip, Window
+from smaug_ds.data.clip import Clip, Window
 
 # Codecs that NVDEC may decode, with an encoder and a container to try whether this one does. Few cards have AV1, and
 # its decoder on the CPU is quick.

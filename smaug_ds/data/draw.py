@@ -10,34 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from smaug_ds.data.clip import Window
 from smaug_ds.data.sample import BatchShape
 
 _CROP_TRIES = 10  # torchvision's
-
-
-class Window(NamedTuple):
-    """Part of a frame that is shown, pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One sample between decoder and graph: ``frames``, or ``encoded`` with ``indices``; and what to show of it."""
-
-    window: Window
-    flip: bool
-    frames: NDArray[np.uint8] | None = None  # (T, H, W, 3) RGB
-    encoded: NDArray[np.uint8] | None = None  # (bytes,) of a video file
-    indices: NDArray[np.int32] | None = None  # (T,) frames of that file, in presentation order
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,14 @@ from types import TracebackType
 import torch
 
 from smaug_ds import distributed
+from smaug_ds.data.config import DataConfig
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.order import Order
 from smaug_ds.data.prefetch import Prefetcher
 from smaug_ds.data.quarantine import Budget, DataError, Ledger
-from smaug_ds.data.reader import DataConfig, EvalReader, RawBatch, TrainReader
+from smaug_ds.data.reader import EvalReader, RawBatch, TrainReader
 from smaug_ds.data.sample import Batch, BatchShape
 from smaug_ds.text import Tokenizer
-
-__all__ = ["DataConfig", "DataError", "EvalLoader", "TrainLoader"]
 
 _BUDGET_WINDOW = 1000  # samples
 

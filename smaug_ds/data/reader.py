@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,62 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smaug_ds.config import ConfigError
-from smaug_ds.data.draw import Clip, Draws, Window, centre_crop, random_resized_crop
+from smaug_ds.data.clip import Clip, PackedClips, make_clip
+from smaug_ds.data.config import DataConfig
+from smaug_ds.data.draw import Draws, centre_crop, random_resized_crop
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.order import Order, sample_generator, slots, stable_hash
 from smaug_ds.data.quarantine import Failure
 from smaug_ds.data.sample import Batch, BatchShape, Medium, Sample
 from smaug_ds.data.shard import Entry, ShardError
-from smaug_ds.data.video import MediaError, MediaFacts, Video, choose_frames, decode_image
+from smaug_ds.data.video import MediaError
 from smaug_ds.text import IGNORED, TextIds, Tokenizer, mask_tokens
 
 EVALUATION_STEP = -1
 EVALUATION_ORDER: tuple[Medium, ...] = ("video", "image")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where samples come from and what happens to them on the way to a batch."""
-
-    train: tuple[str, ...] = ()  # folders of indexed shards
-    test: tuple[str, ...] = ()  # folders held out whole; empty: the share ``holdout`` of ``train`` is the test split
-    holdout: float = 0.0  # share of the media of ``train`` kept for testing, 0 to 1
-    tokenizer: str = ""  # vocab.txt or tokenizer.json
-    workers: int = 2  # processes per rank that read and decode; 0: a thread of the rank does
-    prefetch: int = 2  # micro batches that each worker has ready, and as many again on the device
-    dali_threads: int = 2  # threads of the DALI graph per rank; on a GPU also its NVDEC sessions at a time
-    decoder: Literal["auto", "pyav", "nvdec"] = "auto"  # of videos; auto: NVDEC where it works
-    crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the frame's area that a training crop shows
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height of a training crop
-    flip: float = 0.5  # probability; 0 where captions tell left from right
-    shuffle_group: int = 8  # shards shuffled together
-    max_consecutive_failures: int = 10  # candidates for one place of a batch that may fail before the run stops
-    max_failed_share: float = 0.2  # of the latest 1000 samples of a rank that may fail before the run stops
-
-    def __post_init__(self) -> None:
-        limits: list[tuple[str, int, float]] = [
-            ("holdout", 0, 1),
-            ("flip", 0, 1),
-            ("max_failed_share", 0, 1),
-            ("workers", 0, math.inf),
-            ("prefetch", 1, math.inf),
-            ("dali_threads", 1, math.inf),
-            ("shuffle_group", 1, math.inf),
-            ("max_consecutive_failures", 1, math.inf),
-        ]
-        for name, least, most in limits:
-            value = getattr(self, name)
-            if not least <= value <= most:
-                allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise ConfigError(f"data.{name} is {value}: it must be {allowed}")
-        pairs: list[tuple[str, tuple[float, float], float]] = [
-            ("crop_scale", self.crop_scale, 1.0),
-            ("crop_ratio", self.crop_ratio, math.inf),
-        ]
-        for name, (low, high), most in pairs:
-            if not 0 < low <= high <= most:
-                raise ConfigError(f"data.{name} is [{low}, {high}]: both must lie above 0 and up to {most}, in order")
 
 
 @dataclass
@@ -85,63 +41,6 @@ class RawBatch:
     batch: Batch | None  # ``frames`` is empty; None if there is no usable sample
     clips: PackedClips
     failures: list[Failure]
-
-
-class PackedClips(NamedTuple):
-    """Clips with all their bytes in one tensor: it travels between processes as one piece of shared memory."""
-
-    data: Tensor  # (bytes,) uint8
-    shapes: list[tuple[int, ...]]  # of each clip's array: (T, H, W, 3) frames or (bytes,) encoded
-    bare: list[Clip]  # the clips without their arrays
-
-    @classmethod
-    def pack(cls, clips: Sequence[Clip]) -> PackedClips:
-        arrays = [clip.frames if clip.frames is not None else clip.encoded for clip in clips]
-        present = [array for array in arrays if array is not None]
-        data = torch.empty(sum(array.size for array in present), dtype=torch.uint8)
-        target, end = data.numpy(), 0
-        for array in present:
-            target[end : end + array.size].reshape(array.shape)[...] = array
-            end += array.size
-        bare = [Clip(clip.window, clip.flip, indices=clip.indices) for clip in clips]
-        return cls(data, [array.shape for array in present], bare)
-
-    def unpack(self) -> list[Clip]:
-        clips, end, data = [], 0, self.data.numpy()
-        for shape, clip in zip(self.shapes, self.bare, strict=True):
-            start, end = end, end + int(np.prod(shape))
-            array = data[start:end].reshape(shape)
-            if clip.indices is None:
-                clips.append(Clip(clip.window, clip.flip, frames=array))
-            else:
-                clips.append(Clip(clip.window, clip.flip, encoded=array, indices=clip.indices))
-        return clips
-
-
-def make_clip(
-    sample: Sample,
-    facts: MediaFacts,
-    frames: int,
-    generator: np.random.Generator | None,
-    flip: bool,
-    window: Callable[[int, int], Window],
-    encoded_codecs: frozenset[str],
-) -> Clip:
-    """Decode ``frames`` frames of the sample, or trim them for NVDEC if it is one of ``encoded_codecs``.
-
-    ``window`` says what to show of a (height, width). Raises MediaError.
-    """
-    if sample.medium == "image":
-        image = decode_image(sample.media)
-        return Clip(window(*image.shape[1:3]), flip, frames=image)
-    video = Video(sample.media)
-    indices = choose_frames(len(video), frames, generator)
-    if facts.codec in encoded_codecs and facts.pixel_format == "yuv420p" and not facts.rotation:
-        trimmed, local = video.trim(indices)
-        encoded = np.frombuffer(trimmed, dtype=np.uint8)
-        return Clip(window(facts.height, facts.width), flip, encoded=encoded, indices=local.astype(np.int32))
-    pixels = video.decode(indices)
-    return Clip(window(*pixels.shape[1:3]), flip, frames=pixels)
 
 
 class _Filled(NamedTuple):

@@ -10,8 +10,9 @@ import numpy as np
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
-from smaug_ds.data.loader import DataConfig, DataError
+from smaug_ds.data.config import DataConfig
 from smaug_ds.data.order import Order
+from smaug_ds.data.quarantine import DataError
 from smaug_ds.data.sample import Batch, Medium
 from smaug_ds.engine.monitor import Monitor, non_finite
 from smaug_ds.engine.optim import OptimConfig

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from smaug_ds.config import naming
+from smaug_ds.data.config import DataConfig
 from smaug_ds.data.index import Corpus
-from smaug_ds.data.loader import DataConfig, EvalLoader
+from smaug_ds.data.loader import EvalLoader
 from smaug_ds.data.quarantine import Ledger
 from smaug_ds.data.sample import BatchShape
 from smaug_ds.evaluation.retrieval import RetrievalConfig
