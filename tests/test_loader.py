@@ -35,7 +35,7 @@ from smaug_ds.data.loader import EvalLoader, TrainLoader
 from smaug_ds.data.order import Order, sample_generator, stable_hash
 from smaug_ds.data.quarantine import Budget, DataError, Failure, Ledger, read_ledgers
 from smaug_ds.data.reader import TrainReader
-from smaug_ds.data.sample import Batch, BatchShape
+from smaug_ds.data.sample import Batch, BatchShape, Place
 from smaug_ds.data.shard import Entry
 from smaug_ds.data.video import Video, choose_frames, decode, decode_image
 from smaug_ds.text import IGNORED, Tokenizer
@@ -355,8 +355,8 @@ def test_budget() -> None:
 
 
 def test_ledgers_of_all_ranks_are_read_together(tmp_path: Path) -> None:
-    late = Failure(7, 60, "a.tar", "k1", "decode", "broken: ä", replaced_by="a.tar/k2")
-    early = Failure(2, 11, "b.tar", "k3", "read", "gone")
+    late = Failure(7, 60, Place("video", 3, 4), "a.tar", "k1", "decode", "broken: ä", replaced_by="a.tar/k2")
+    early = Failure(2, 11, None, "b.tar", "k3", "read", "gone")
     Ledger(tmp_path, rank=0).write(late)
     Ledger(tmp_path, rank=1).write(early)
     assert read_ledgers(tmp_path) == [early, late]

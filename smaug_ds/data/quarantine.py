@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from smaug_ds.data.sample import Place
 
 
 class DataError(RuntimeError):
@@ -19,11 +23,18 @@ class Failure:
 
     step: int  # optimizer step, -1 in evaluation
     position: int  # in the endless stream of the medium; in evaluation the number of the sample
+    place: Place | None  # of the sample in the order; None in evaluation
     shard: str  # path of the tar
     key: str
     stage: str  # "read", "open", "demux", "decode" or "image"
     reason: str
     replaced_by: str | None = None  # shard/key that took its place; None: nothing did
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> Failure:
+        """What ``dataclasses.asdict`` or a line of a ledger tells."""
+        place = line["place"]
+        return cls(**{**line, "place": place if place is None else Place(*place)})
 
 
 class Ledger:
@@ -43,7 +54,7 @@ def read_ledgers(folder: Path | str) -> list[Failure]:
     failures = []
     for path in sorted(Path(folder).glob("quarantine.*.jsonl")):
         with path.open(encoding="utf-8") as file:
-            failures += [Failure(**json.loads(line)) for line in file]
+            failures += [Failure.from_dict(json.loads(line)) for line in file]
     return sorted(failures, key=lambda failure: (failure.step, failure.position))
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from smaug_ds.data.draw import Draws, centre_crop, random_resized_crop
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.order import Order, sample_generator, slots, stable_hash
 from smaug_ds.data.quarantine import Failure
-from smaug_ds.data.sample import Batch, BatchShape, Medium, Sample
+from smaug_ds.data.sample import Batch, BatchShape, Medium, Place, Sample
 from smaug_ds.data.shard import Entry, ShardError
 from smaug_ds.data.video import MediaError
 from smaug_ds.text import IGNORED, TextIds, Tokenizer, mask_tokens
@@ -69,6 +70,8 @@ class TrainReader(Dataset[RawBatch]):
         self.corpus, self.order, self.tokenizer, self.config = corpus, order, tokenizer, config
         self.shape, self.seed, self.micro_batch, self.accumulation = shape, seed, micro_batch, accumulation
         self.rank, self.world_size, self.encoded_codecs = rank, world_size, encoded_codecs
+        self.known_bad: frozenset[Place] = frozenset()  # passed over without a try
+        self.pyav_only: frozenset[str] = frozenset()  # keys of samples that NVDEC refuses
 
     def __getitem__(self, index: int) -> RawBatch:
         step, micro_step = divmod(index, self.accumulation)
@@ -97,22 +100,30 @@ class TrainReader(Dataset[RawBatch]):
         """The first usable candidate for ``position``, and the failures before it."""
         failures: list[Failure] = []
         frames = self.shape.frames if medium == "video" else 1
-        for attempt in range(self.config.max_consecutive_failures):
+        for place in self._candidates(medium, position):
             draws = Draws.of(sample_generator(self.seed, position, medium), self.shape, frames)
             window = functools.partial(
                 random_resized_crop, scale=self.config.crop_scale, ratio=self.config.crop_ratio, uniform=draws.crop
             )
-            entry = self.corpus.entry(medium, *self.order.candidate(medium, position, attempt))
+            entry = self.corpus.entry(*place)
             try:
                 sample = self.corpus.read_sample(entry)
                 flip = draws.flip < self.config.flip
-                clip = make_clip(sample, entry.facts, frames, draws.generator, flip, window, self.encoded_codecs)
+                codecs = _codecs_for(entry, self.encoded_codecs, self.pyav_only)
+                clip = make_clip(sample, entry.facts, frames, draws.generator, flip, window, codecs)
             except (MediaError, ShardError) as error:
-                failures.append(_failure(step, position, entry, error))
+                failures.append(_failure(step, position, place, entry, error))
             else:
                 name = f"{entry.shard}/{entry.key}"
                 return _Filled(sample, clip, draws), [dataclasses.replace(f, replaced_by=name) for f in failures]
         return None, failures
+
+    def _candidates(self, medium: Medium, position: int) -> Iterator[Place]:
+        """The samples to try for ``position``, one after the other."""
+        every = range(self.order.samples(medium))
+        places = (Place(medium, *self.order.candidate(medium, position, attempt)) for attempt in every)
+        unknown = (place for place in places if place not in self.known_bad)
+        return itertools.islice(unknown, self.config.max_consecutive_failures)
 
 
 class EvalReader(Dataset[RawBatch]):
@@ -132,6 +143,7 @@ class EvalReader(Dataset[RawBatch]):
         encoded_codecs: frozenset[str],
     ) -> None:
         self.corpus, self.tokenizer, self.shape, self.encoded_codecs = corpus, tokenizer, shape, encoded_codecs
+        self.pyav_only: frozenset[str] = frozenset()  # keys of samples that NVDEC refuses
         batches: list[tuple[Medium, range]] = []
         for medium in EVALUATION_ORDER:
             count = corpus.count(medium)
@@ -151,10 +163,11 @@ class EvalReader(Dataset[RawBatch]):
             entry = self.corpus.nth(medium, number)
             try:
                 sample = self.corpus.read_sample(entry)
-                clips.append(make_clip(sample, entry.facts, frames, None, False, centre_crop, self.encoded_codecs))
+                codecs = _codecs_for(entry, self.encoded_codecs, self.pyav_only)
+                clips.append(make_clip(sample, entry.facts, frames, None, False, centre_crop, codecs))
                 samples.append(sample)
             except (MediaError, ShardError) as error:
-                failures.append(_failure(EVALUATION_STEP, number, entry, error))
+                failures.append(_failure(EVALUATION_STEP, number, None, entry, error))
         if not samples:
             return RawBatch(index, EVALUATION_STEP, None, PackedClips.pack([]), failures)
         captions = [sample.captions[0] for sample in samples]
@@ -197,6 +210,11 @@ def _stack(arrays: Sequence[NDArray[np.float32]]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def _failure(step: int, position: int, entry: Entry, error: MediaError | ShardError) -> Failure:
+def _codecs_for(entry: Entry, encoded_codecs: frozenset[str], pyav_only: frozenset[str]) -> frozenset[str]:
+    """What may leave this sample encoded, for NVDEC to decode."""
+    return frozenset() if f"{entry.shard}/{entry.key}" in pyav_only else encoded_codecs
+
+
+def _failure(step: int, position: int, place: Place | None, entry: Entry, error: MediaError | ShardError) -> Failure:
     stage, reason = (error.stage, error.reason) if isinstance(error, MediaError) else ("read", str(error))
-    return Failure(step, position, entry.shard, entry.key, stage, reason)
+    return Failure(step, position, place, entry.shard, entry.key, stage, reason)

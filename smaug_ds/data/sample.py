@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Medium = Literal["image", "video"]
 MEDIA: tuple[Medium, ...] = ("image", "video")
+
+
+class Place(NamedTuple):
+    """Where the order finds a training sample, whatever folder the shards lie in today."""
+
+    medium: Medium
+    shard: int  # number of the shard in the corpus
+    row: int  # among the shard's training samples of this medium
 
 
 @dataclass(frozen=True)
