@@ -185,6 +185,9 @@ def _read_value(hint: Any, value: Any, key: str, source: str) -> Any:
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise wrong(f"a list of {len(arguments)} values")
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if dataclasses.is_dataclass(kinds[0] if kinds else None):
+            sections = [(f"{key}[{i}].", item) for i, item in enumerate(value)]
+            return tuple(_build(kinds[0], _read_section(kinds[0], s, k, source), k, None) for k, s in sections)
         items = enumerate(zip(kinds, value, strict=True))
         return tuple(_read_value(kind, item, f"{key}[{i}]", source) for i, (kind, item) in items)
     if not isinstance(value, str):

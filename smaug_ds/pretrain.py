@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, add_arguments, dump, naming, parse, to_dict
-from smaug_ds.data.index import Corpus
 from smaug_ds.data.loader import EvalLoader, TrainLoader
-from smaug_ds.data.order import Order
+from smaug_ds.data.mixture import open_mixture
 from smaug_ds.data.quarantine import DataError, Failure, Ledger, read_ledgers
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine import checkpoint
@@ -75,21 +74,21 @@ def pretrain(config: PretrainConfig) -> int:
         with naming("data.tokenizer"):
             tokenizer = Tokenizer(config.data.tokenizer)
         config = with_vocabulary(config, tokenizer.vocab_size)
-        with naming("data.train"):
-            corpus = Corpus.open(config.data.train, config.data.holdout, "train")
-        sizes = {medium: counts.tolist() for medium, counts in corpus.sizes().items()}
-        order = Order(sizes, config.batch.global_size, seed, config.data.shuffle_group)
+        mixture = open_mixture(config.data)
+        order = mixture.order(config.batch.global_size, seed, config.data.shuffle_group)
         config.batch.require({medium: order.samples(medium) for medium in MEDIA})
         schedule = Schedule.of(config.optim, order.steps_per_epoch, config.run.max_steps)
         shape = batch_shape(config.model, config.loss.mlm_probability)
         ledger = Ledger(folder / "quarantine", distributed.rank())
         loader = TrainLoader(
-            corpus, order, tokenizer, config.data, shape, seed, micro_size, accumulation, device, ledger
+            mixture.corpus, order, tokenizer, config.data, shape, seed, micro_size, accumulation, device, ledger
         )
         if config.evaluation.split == "train" or config.data.test or config.data.holdout:
             aside = Ledger(folder / "evaluation", distributed.rank())
             held_out = open_held_out(config.model, config.data, config.evaluation, tokenizer, device, aside)
-        marks = fingerprints(sizes, tokenizer)
+        marks = fingerprints(mixture.fingerprint(), tokenizer)
+    if mixture.stocks:
+        say(f"{config.data.corpus}:\n{mixture.table()}")
     if held_out is None:
         say("no evaluation: neither data.test nor data.holdout is set")
 
@@ -153,7 +152,7 @@ def pretrain(config: PretrainConfig) -> int:
         return report
 
     steps_told = f"{order.steps_per_epoch} steps of {order.global_batch} per epoch, {schedule.total_steps} in all"
-    say(f"{len(corpus)} samples, {steps_told}; decoder {loader.decoder}")
+    say(f"{len(mixture.corpus)} samples, {steps_told}; decoder {loader.decoder}")
     if accumulation > 1:
         at_once = micro_size * distributed.world_size()
         say(

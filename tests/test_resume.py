@@ -13,7 +13,6 @@ from smaug_ds.engine.resume import check_resumable, fingerprints, flat
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.text import Tokenizer
 
-SIZES: dict[Any, list[int]] = {"video": [5, 3], "image": [0, 2]}
 VOCABULARY = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nball\n"
 PATHS = ["data.train=[shards]", "data.tokenizer=vocab.txt"]
 
@@ -29,13 +28,13 @@ def settings(*overrides: str) -> dict[str, Any]:
     return to_dict(parse(PretrainConfig, None, [*PATHS, *overrides]))
 
 
-def check(vocabulary: Path, *overrides: str, sizes: dict[Any, list[int]] = SIZES) -> None:
-    """Goes on with ``overrides``, ``vocabulary`` and ``sizes`` from a checkpoint of the defaults."""
+def check(vocabulary: Path, *overrides: str, corpus: str = "as it was") -> None:
+    """Goes on with ``overrides``, ``vocabulary`` and ``corpus`` from a checkpoint of the defaults."""
     original = vocabulary.with_name("original.txt")
     original.write_text(VOCABULARY)
-    state = {"config": settings(), "fingerprints": fingerprints(SIZES, Tokenizer(original))}
+    state = {"config": settings(), "fingerprints": fingerprints("as it was", Tokenizer(original))}
     now = settings(*overrides)
-    check_resumable(state, now, fingerprints(sizes, Tokenizer(vocabulary)), Path("run/checkpoints/step_4"))
+    check_resumable(state, now, fingerprints(corpus, Tokenizer(vocabulary)), Path("run/checkpoints/step_4"))
 
 
 @pytest.mark.parametrize(
@@ -69,9 +68,10 @@ def test_files_are_known_by_what_they_hold(vocabulary: Path, tmp_path: Path) -> 
     (tmp_path / "elsewhere").mkdir()
     moved = Path(shutil.copy(vocabulary, tmp_path / "elsewhere"))
     check(moved, f"data.tokenizer={moved}")
-    for sizes in ({"video": [3, 5], "image": [0, 2]}, {"video": [5, 3], "image": [2, 0]}, {"video": [8], "image": [2]}):
-        with pytest.raises(ConfigError, match=r"data\.train is \['shards'\], which holds shards of other sizes"):
-            check(vocabulary, sizes=sizes)
+    with pytest.raises(ConfigError, match=r"data\.train is \['shards'\], which holds other shards or weights"):
+        check(vocabulary, corpus="another")
+    with pytest.raises(ConfigError, match=r"data\.corpus is all\.yaml, which holds other shards or weights"):
+        check(vocabulary, "data.train=[]", "data.corpus=all.yaml", corpus="another")
     vocabulary.write_text(VOCABULARY.replace("ball", "bell"))
     with pytest.raises(ConfigError, match=r"data\.tokenizer is vocab\.txt, which holds another vocabulary"):
         check(vocabulary)

@@ -14,8 +14,10 @@ class DataConfig:
     """Where samples come from and what happens to them on the way to a batch."""
 
     train: tuple[str, ...] = ()  # folders of indexed shards
+    corpus: str = ""  # manifest of weighted sets (YAML, see data/mixture.py), in place of ``train``
+    corpus_root: str = ""  # where the folders of ``corpus`` lie, in place of the manifest's ``root``
     test: tuple[str, ...] = ()  # folders held out whole; empty: the share ``holdout`` of ``train`` is the test split
-    holdout: float = 0.0  # share of the media of ``train`` kept for testing, 0 to 1
+    holdout: float = 0.0  # share of the training media kept for testing, 0 to 1
     tokenizer: str = ""  # vocab.txt or tokenizer.json
     workers: int = 2  # processes per rank that read and decode; 0: a thread of the rank does
     prefetch: int = 2  # micro batches that each worker has ready, and as many again on the device
@@ -29,6 +31,8 @@ class DataConfig:
     max_failed_share: float = 0.2  # of the latest 1000 samples of a rank that may fail before the run stops
 
     def __post_init__(self) -> None:
+        if self.corpus and self.train:
+            raise ConfigError(f"data.corpus is {self.corpus} and data.train {list(self.train)}: give one of them")
         limits: list[tuple[str, int, float]] = [
             ("holdout", 0, 1),
             ("flip", 0, 1),

@@ -20,7 +20,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -119,6 +119,11 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts of the whole index, as ``IndexReport`` has them: "samples", "captions", "rejects" ..."""
+        return self.manifest["totals"]
 
     def entry(self, row: int) -> Entry:
         """The sample at ``row`` (0 to ``len`` - 1, in the order of the tars)."""

@@ -1,10 +1,11 @@
 """The order of training as a pure function of (seed, step): no state, no ranks, no workers.
 
-Each medium has one endless stream of samples: epoch after epoch, every sample once per epoch. A step takes the next
-``global_batch`` positions of one medium's stream; ``Order.medium`` says of which. A position leads to a sample in O(log
-shards): the shards are permuted per epoch and cut into groups, the samples are permuted within their group. So reads
-stay near-sequential (a window of the stream touches a group of shards or two) and nothing as long as the corpus is
-ever permuted.
+Each set of the mixture has one endless stream of samples per medium: epoch after epoch, every sample once per epoch.
+The streams of a medium are laid into one, evenly and in proportion to size times weight. A step takes the next
+``global_batch`` positions of one medium's stream; ``Order.medium`` says of which. A position leads to a sample in
+O(sets + log shards): a set's shards are permuted per epoch and cut into groups, the samples are permuted within their
+group. So reads stay near-sequential (a window of the stream touches a group of shards or two of each set) and nothing
+as long as the corpus is ever permuted.
 
 All random numbers come from the raw 64-bit output of counter-based Philox generators, which NumPy keeps stable between
 its versions; so an order outlives an upgrade.
@@ -16,6 +17,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -25,6 +27,7 @@ from smaug_ds.data.sample import MEDIA, Medium
 # What a Philox key is for. Together with the medium it fills the key's top three bits, so no two uses share numbers.
 _SAMPLE, _SHARDS, _GROUP, _REPLACEMENT = range(4)
 _COUNTER_BITS = 61
+_SET_BITS = 13  # the top ones of a counter that belongs to one set
 
 _CACHED_GROUPS = 4  # a micro batch lies in one group or two; the workers of a rank are at most a few steps apart
 _CACHED_EPOCHS = 2
@@ -74,11 +77,22 @@ def _permutation(generator: np.random.Philox, length: int) -> np.ndarray:
     return (numbered & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.uint32)
 
 
-class _Stream:
-    """The endless stream of one medium. ``sizes`` (shards,) samples per shard; ``group`` shards per shuffle group."""
+@dataclass(frozen=True)
+class SetShards:
+    """One set of a mixture: shards ``first`` to ``end`` - 1 of the corpus, each sample ``weight`` times per epoch."""
 
-    def __init__(self, medium: Medium, sizes: np.ndarray, seed: int, group: int) -> None:
-        self.medium, self.sizes, self.seed, self.group = medium, sizes, seed, group
+    first: int
+    end: int
+    weight: float = 1.0
+
+
+class _SetStream:
+    """The endless stream of one medium of one set. ``sizes`` (shards,) samples of each of its shards; ``first``: number
+    of the first of them; ``group`` shards per shuffle group."""
+
+    def __init__(self, medium: Medium, number: int, first: int, sizes: np.ndarray, seed: int, group: int) -> None:
+        self.medium, self.first, self.sizes, self.seed, self.group = medium, first, sizes, seed, group
+        self._base = number << (_COUNTER_BITS - _SET_BITS)  # no two sets share random numbers
         self.total = int(sizes.sum())
         self.groups = -(-len(sizes) // group)
         self.ends = np.cumsum(sizes).tolist()
@@ -92,27 +106,28 @@ class _Stream:
         shuffled, shards, shard_ends = self._group(epoch, group)
         place = int(shuffled[offset - (group_ends[group - 1] if group else 0)])
         nth = bisect_right(shard_ends, place)
-        return epoch, shards[nth], place - (shard_ends[nth - 1] if nth else 0)
+        return epoch, self.first + shards[nth], place - (shard_ends[nth - 1] if nth else 0)
 
     def candidate(self, position: int, attempt: int) -> tuple[int, int]:
         _, shard, index = self.locate(position)
         if attempt == 0:
             return shard, index
         stride = self._stride(position)
-        place = (self.ends[shard] - int(self.sizes[shard]) + index + attempt * stride) % self.total
+        own = shard - self.first
+        place = (self.ends[own] - int(self.sizes[own]) + index + attempt * stride) % self.total
         nth = bisect_right(self.ends, place)
-        return nth, place - (self.ends[nth - 1] if nth else 0)
+        return self.first + nth, place - (self.ends[nth - 1] if nth else 0)
 
     def _stride(self, position: int) -> int:
         """A number coprime to ``total``, so that its multiples visit every sample before one comes again."""
-        generator = _philox(self.seed, _REPLACEMENT, self.medium, position)
+        generator = _philox(self.seed, _REPLACEMENT, self.medium, self._base | position)
         while math.gcd(stride := 1 + int(generator.random_raw()) % self.total, self.total) != 1:
             pass
         return stride
 
     def _epoch_layout(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """The shards in this epoch's order (shards,), and where each group ends in the epoch."""
-        shards = _permutation(_philox(self.seed, _SHARDS, self.medium, epoch), len(self.sizes))
+        shards = _permutation(_philox(self.seed, _SHARDS, self.medium, self._base | epoch), len(self.sizes))
         per_group = np.add.reduceat(self.sizes[shards], np.arange(0, len(shards), self.group))
         return shards, np.cumsum(per_group).tolist()
 
@@ -121,8 +136,41 @@ class _Stream:
         all_shards, _ = self._epoch(epoch)
         shards = all_shards[group * self.group : (group + 1) * self.group]
         ends = np.cumsum(self.sizes[shards]).tolist()
-        generator = _philox(self.seed, _GROUP, self.medium, epoch * self.groups + group)
+        generator = _philox(self.seed, _GROUP, self.medium, self._base | (epoch * self.groups + group))
         return _permutation(generator, ends[-1]), shards.tolist(), ends
+
+
+class _Stream:
+    """The endless stream of one medium: those of its sets, laid into one.
+
+    A period of the stream holds ``round(weight * samples)`` positions of each set. Bresenham's line spreads the first
+    set over it, another the second set over what is left, and so on: any window holds each set's share to within a
+    few samples.
+    """
+
+    def __init__(self, sets: Sequence[tuple[float, _SetStream]]) -> None:
+        self.samples = sum(stream.total for _, stream in sets)
+        self._parts = [(max(1, round(weight * stream.total)), stream) for weight, stream in sets]
+        self.period = sum(count for count, _ in self._parts)
+
+    def at(self, position: int) -> tuple[_SetStream, int]:
+        """The set at ``position``, and the position in the set's own stream."""
+        periods, offset = divmod(position, self.period)
+        length = self.period
+        for count, stream in self._parts:
+            before = (offset * count + length // 2) // length  # positions of this set among the first ``offset``
+            if ((offset + 1) * count + length // 2) // length > before:
+                return stream, periods * count + before
+            offset, length = offset - before, length - count
+        raise AssertionError("the counts of the sets add up to the period")
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        stream, own = self.at(position)
+        return stream.locate(own)
+
+    def candidate(self, position: int, attempt: int) -> tuple[int, int]:
+        stream, own = self.at(position)
+        return stream.candidate(own, attempt)
 
 
 class Order:
@@ -133,38 +181,63 @@ class Order:
         global_batch: samples of one optimizer step over all ranks.
         seed: of the whole shuffle.
         group: shards per shuffle group. More mixes better, fewer keeps reads closer together.
+        sets: the sets of the mixture, which together hold every shard once, in order; by default one set of weight 1.
+
+    An epoch is over when every sample was drawn as often as the weight of its set says. A weight that is no whole
+    number gives the set ``round(weight * samples)`` draws per epoch, which go on where the last epoch ended: with 0.5
+    every other epoch begins the set anew.
 
     Picklable; a copy in another process gives the same answers.
     """
 
-    def __init__(self, sizes: Mapping[Medium, Sequence[int]], global_batch: int, seed: int, group: int = 8) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[Medium, Sequence[int]],
+        global_batch: int,
+        seed: int,
+        group: int = 8,
+        sets: Sequence[SetShards] | None = None,
+    ) -> None:
         if global_batch < 1 or group < 1:
             raise ValueError(f"global batch ({global_batch}) and shards per shuffle group ({group}) must be at least 1")
         if unknown := set(sizes) - set(MEDIA):
             raise ValueError(f"unknown media {sorted(unknown)}: an order mixes {' and '.join(MEDIA)}")
         self.global_batch, self.seed, self.group = global_batch, seed, group
         self._sizes = {medium: np.asarray(sizes[medium], dtype=np.int64) for medium in MEDIA if medium in sizes}
-        self._streams = {
-            medium: _Stream(medium, counts, seed, group) for medium, counts in self._sizes.items() if counts.sum()
-        }
-        self.total = sum(stream.total for stream in self._streams.values())
+        shards = max(map(len, self._sizes.values()), default=0)
+        self._sets = tuple(sets) if sets is not None else (SetShards(0, shards),)
+        _require_partition(self._sets, shards)
+        self._streams: dict[Medium, _Stream] = {}
+        for medium, counts in self._sizes.items():
+            own = [
+                (part.weight, _SetStream(medium, number, part.first, counts[part.first : part.end], seed, group))
+                for number, part in enumerate(self._sets)
+                if counts[part.first : part.end].sum()
+            ]
+            if own:
+                self._streams[medium] = _Stream(own)
+        self.total = sum(stream.period for stream in self._streams.values())
         if not self.total:
             raise ValueError("no training samples: every shard is empty (or wholly held out)")
 
     def __reduce__(self) -> tuple:
-        return Order, (self._sizes, self.global_batch, self.seed, self.group)
+        return Order, (self._sizes, self.global_batch, self.seed, self.group, self._sets)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which as many samples were drawn as there are, the last step rounded up."""
+        """Steps after which every sample was drawn as often as its weight says, the last step rounded up."""
         return -(-self.total // self.global_batch)
 
     def samples(self, medium: Medium) -> int:
-        """Number of different samples of this medium: the length of its epoch."""
-        return self._streams[medium].total if medium in self._streams else 0
+        """Number of different samples of this medium."""
+        return self._streams[medium].samples if medium in self._streams else 0
+
+    def draws(self, medium: Medium) -> int:
+        """Number of samples of this medium drawn in an epoch, each as often as its weight says."""
+        return self._streams[medium].period if medium in self._streams else 0
 
     def medium(self, step: int) -> Medium:
-        """The one medium of this step's global batch: its share of the steps is exactly its share of the samples."""
+        """The one medium of this step's global batch: its share of the steps is exactly its share of the draws."""
         return "video" if self._video_steps(step + 1) > self._video_steps(step) else "image"
 
     def positions(self, step: int) -> range:
@@ -174,17 +247,32 @@ class Order:
         return range(nth * self.global_batch, (nth + 1) * self.global_batch)
 
     def locate(self, medium: Medium, position: int) -> tuple[int, int, int]:
-        """(epoch of the medium, shard, index among the shard's samples of this medium) at ``position``."""
+        """(epoch of the set, shard, index among the shard's samples of this medium) at ``position``."""
         return self._streams[medium].locate(position)
 
     def candidate(self, medium: Medium, position: int, attempt: int) -> tuple[int, int]:
         """(shard, index) for ``position`` after ``attempt`` samples failed there; attempt 0 is ``locate``.
 
-        Replacements are spread over the whole medium, since what broke one sample (a lost shard) often broke its
-        neighbours; all samples are visited before one comes again.
+        Replacements are spread over the whole set, since what broke one sample (a lost shard) often broke its
+        neighbours; all its samples are visited before one comes again.
         """
         return self._streams[medium].candidate(position, attempt)
 
     def _video_steps(self, steps: int) -> int:
         """Number of video steps among the first ``steps``: Bresenham's line through (total, videos)."""
-        return (steps * self.samples("video") + self.total // 2) // self.total
+        return (steps * self.draws("video") + self.total // 2) // self.total
+
+
+def _require_partition(sets: Sequence[SetShards], shards: int) -> None:
+    """Raises ValueError where ``sets`` do not hold each of so many ``shards`` once, in order, with a weight above 0."""
+    end = 0
+    for part in sets:
+        if part.first != end or part.end < part.first:
+            raise ValueError(f"sets must follow one another: one ends at shard {end}, the next begins at {part.first}")
+        if not 0 < part.weight < math.inf:
+            raise ValueError(
+                f"the set of shards {part.first} to {part.end} has weight {part.weight}: it must be above 0"
+            )
+        end = part.end
+    if end != shards or len(sets) >= 2**_SET_BITS:
+        raise ValueError(f"{len(sets)} sets (fewer than {2**_SET_BITS} can be) hold {end} shards of {shards}")

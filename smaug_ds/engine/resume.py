@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from smaug_ds.config import ConfigError
-from smaug_ds.data.sample import Medium
 from smaug_ds.text import Tokenizer
 
 # Settings and sections that a checkpoint fixes: a run that went on with others would not be the same run.
@@ -32,14 +30,13 @@ FIXED = (
 FREE = ("model.vision.checkpoint_every", "model.text.checkpoint_every")  # change memory and time only
 
 
-def fingerprints(sizes: Mapping[Medium, Sequence[int]], tokenizer: Tokenizer) -> dict[str, str]:
+def fingerprints(corpus: str, tokenizer: Tokenizer) -> dict[str, str]:
     """What stands in a checkpoint for the settings that are paths, so that the same files may be found elsewhere.
 
-    sizes: training samples of each medium in each shard, as ``Order`` takes them.
+    corpus: ``Mixture.fingerprint``.
     """
-    shards = json.dumps({medium: list(map(int, counts)) for medium, counts in sizes.items()}, sort_keys=True)
     return {
-        "data.train": hashlib.sha256(shards.encode()).hexdigest(),
+        "data.train": corpus,
         "data.tokenizer": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
     }
 
@@ -59,9 +56,10 @@ def check_resumable(
             raise ConfigError(f"{key} is {value}, but {checkpoint} was made with {before[key]}: {remedy}")
     for key, fingerprint in found.items():
         if state["fingerprints"][key] != fingerprint:
-            what = "shards of other sizes" if key == "data.train" else "another vocabulary"
+            what = "other shards or weights" if key == "data.train" else "another vocabulary"
+            name = "data.corpus" if key == "data.train" and now["data.corpus"] else key
             raise ConfigError(
-                f"{key} is {now[key]}, which holds {what} than {checkpoint} was made with ({before[key]}): {remedy}"
+                f"{name} is {now[name]}, which holds {what} than {checkpoint} was made with ({before[name]}): {remedy}"
             )
 
 

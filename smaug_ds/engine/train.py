@@ -77,9 +77,9 @@ class BatchConfig:
         for medium, count in samples.items():
             if 0 < count < self.global_size:
                 raise ConfigError(
-                    f"batch.global_size is {self.global_size}, but data.train has only {count} samples of medium "
+                    f"batch.global_size is {self.global_size}, but the corpus has only {count} samples of medium "
                     f"{medium}, so that a step would repeat some: lower batch.global_size to {count} or less, or leave "
-                    f"the {medium}s out of data.train"
+                    f"the {medium}s out of the corpus"
                 )
 
 

@@ -8,6 +8,7 @@ from smaug_ds.config import naming
 from smaug_ds.data.config import DataConfig
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.loader import EvalLoader
+from smaug_ds.data.mixture import training_folders
 from smaug_ds.data.quarantine import Ledger
 from smaug_ds.data.sample import BatchShape
 from smaug_ds.evaluation.retrieval import RetrievalConfig
@@ -34,12 +35,13 @@ def open_held_out(
     device: torch.device,
     ledger: Ledger,
 ) -> EvalLoader:
-    """This rank's share of the split ``evaluation.split``: ``data.test`` whole, or a part of ``data.train``.
+    """This rank's share of the split ``evaluation.split``: ``data.test`` whole, or a part of what it trains on.
 
     Raises ConfigError naming the setting whose folders cannot be used.
     """
     split = evaluation.split
     whole = split == "test" and bool(data.test)  # a folder named data.test is a test set as it is
-    with naming("data.test" if whole else "data.train"):
-        corpus = Corpus.open(data.test if whole else data.train, 1.0 if whole else data.holdout, split)
+    with naming("data.test" if whole else "data.corpus" if data.corpus else "data.train"):
+        folders = data.test if whole else training_folders(data)
+        corpus = Corpus.open(folders, 1.0 if whole else data.holdout, split)
     return EvalLoader(corpus, tokenizer, data, batch_shape(model), evaluation.batch_size, device, ledger)
