@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
 from smaug_ds.engine.optim import OptimConfig, Schedule
 from smaug_ds.engine.preempt import EXIT_CODE, StopRequest
 from smaug_ds.engine.train import Actions, BatchConfig, PretrainConfig, RunConfig, train
-from tests.ranks import free_port, run_ranks
+from tests.launching import finish, launch, settings
+from tests.ranks import run_ranks
 from tests.standin import CPU_JSON, ROOT, Batches, Standin, order_of, write_json
 
 TOTAL, GLOBAL, MICRO, ACCUMULATION = 9, 8, 2, 2  # of 2 ranks
@@ -283,35 +283,6 @@ def test_the_defaults_are_a_config() -> None:
 
 
 # ---- the real thing: launcher, model, loader
-
-
-def settings(shards: Path, media: Path, folder: Path) -> list[str]:
-    """A run of 8 steps of a model that is as small as it gets."""
-    text = {"width": 32, "heads": 2, "mlp_width": 64, "text_layers": 1, "fusion_layers": 1, "dropout": 0.1}
-    vision = {"width": 32, "heads": 2, "mlp_width": 64, "depth": 2, "sparsify_layers": [1], "checkpoint_every": 1}
-    return [
-        f"run.folder={folder}", f"run.deepspeed={CPU_JSON}", "run.max_steps=8", "run.log_every=1", "run.save_every=3",
-        "run.timeout_seconds=60", "batch.global_size=16", "batch.micro_size=4", "model.size=tiny",
-        f"model.vision={json.dumps(vision)}", f"model.text={json.dumps(text)}", f"data.train=[{shards / 'train'}]",
-        f"data.test=[{shards / 'test'}]", f"data.tokenizer={media / 'vocab.txt'}", "data.workers=0",
-        "optim.warmup_steps=2", "optim.lr=1e-3", "evaluation.rerank_depth=4",
-    ]  # fmt: skip
-
-
-def launch(arguments: Sequence[str], ranks: int = 2, accelerator: str = "cpu") -> subprocess.Popen:
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port"]
-    command = [*launcher, str(free_port()), "--module", "smaug_ds.pretrain", *arguments]
-    environment = {**os.environ, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.mark.slow

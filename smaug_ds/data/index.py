@@ -64,7 +64,11 @@ _CACHED_ROWS = 256  # shards whose filtered rows are kept, about 30 kB each
 
 
 class ShardIndex:
-    """One indexed folder of tars. Open it with ``ShardIndex.open``; a pickled copy opens the folder again."""
+    """One indexed folder of tars. Open it with ``ShardIndex.open``; a pickled copy maps the index again.
+
+    The copy does not look at the tars: what happened to one since the run began is its samples' affair, not the end of
+    a worker that starts anew.
+    """
 
     def __init__(
         self,
@@ -91,17 +95,9 @@ class ShardIndex:
         """
         folder = Path(folder)
         present = tar_sizes(folder)
-        index = folder / "index"
-        remedy = f"run: python tools/index_shards.py {folder}"
-        try:
-            manifest = json.loads((index / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ShardError(f"{folder} has {len(present)} tars but no index; {remedy}") from None
-        except ValueError as error:
-            raise ShardError(f"{index / 'manifest.json'} is damaged ({error}); {remedy}") from error
-        if manifest["format"] != FORMAT:
-            raise ShardError(f"{index} has format {manifest['format']}, this version reads {FORMAT}; {remedy}")
-        for shard in manifest["shards"]:
+        remedy = _remedy(folder)
+        opened = cls._map(folder, len(present))
+        for shard in opened.manifest["shards"]:
             name, size = shard["name"], present.pop(shard["name"], None)
             if size is None:
                 raise ShardError(f"{folder / name} is in the index but missing; bring it back, or {remedy}")
@@ -109,13 +105,27 @@ class ShardIndex:
                 raise ShardError(f"{folder / name} has {size} bytes, {shard['bytes']} when it was indexed; {remedy}")
         if present:
             raise ShardError(f"{folder / min(present)} and {len(present) - 1} more tars are not in the index; {remedy}")
+        return opened
+
+    @classmethod
+    def _map(cls, folder: Path, tars: int = 0) -> ShardIndex:
+        """Maps the index of ``folder``, which holds so many ``tars``, without looking at them."""
+        index, remedy = folder / "index", _remedy(folder)
+        try:
+            manifest = json.loads((index / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ShardError(f"{folder} has {tars} tars but no index; {remedy}") from None
+        except ValueError as error:
+            raise ShardError(f"{index / 'manifest.json'} is damaged ({error}); {remedy}") from error
+        if manifest["format"] != FORMAT:
+            raise ShardError(f"{index} has format {manifest['format']}, this version reads {FORMAT}; {remedy}")
         total = sum(shard["samples"] for shard in manifest["shards"])
         samples, medium, bucket = (_mapped(index / f"{name}.npy", total, remedy) for name in COLUMNS)
         keys = _mapped(index / "keys.npy", manifest["key_bytes"], remedy)
         return cls(folder, manifest, _Records(samples), np.asarray(medium), np.asarray(bucket), _Records(keys))
 
     def __reduce__(self) -> tuple:
-        return ShardIndex.open, (self.folder,)
+        return ShardIndex._map, (self.folder,)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -198,7 +208,7 @@ class Corpus:
         return cls([ShardIndex.open(folder) for folder in folders], holdout, split)
 
     def __reduce__(self) -> tuple:
-        return Corpus.open, (tuple(index.folder for index in self.indexes), self.holdout, self.split)
+        return Corpus, (self.indexes, self.holdout, self.split)
 
     def __len__(self) -> int:
         return sum(self.count(medium) for medium in MEDIA)
@@ -255,6 +265,10 @@ class _Records:
         if len(data) < count * size:
             raise ShardError(f"{self._path} was cut short while it was open")
         return np.frombuffer(data, self._dtype)
+
+
+def _remedy(folder: Path) -> str:
+    return f"run: python tools/index_shards.py {folder}"
 
 
 def _mapped(path: Path, length: int, remedy: str) -> np.memmap:

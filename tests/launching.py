@@ -1,0 +1,42 @@
+"""Real runs of the smallest model through the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.ranks import free_port
+from tests.standin import CPU_JSON, ROOT
+
+
+def settings(shards: Path, media: Path, folder: Path) -> list[str]:
+    """A run of 8 steps of a model that is as small as it gets."""
+    text = {"width": 32, "heads": 2, "mlp_width": 64, "text_layers": 1, "fusion_layers": 1, "dropout": 0.1}
+    vision = {"width": 32, "heads": 2, "mlp_width": 64, "depth": 2, "sparsify_layers": [1], "checkpoint_every": 1}
+    return [
+        f"run.folder={folder}", f"run.deepspeed={CPU_JSON}", "run.max_steps=8", "run.log_every=1", "run.save_every=3",
+        "run.timeout_seconds=60", "batch.global_size=16", "batch.micro_size=4", "model.size=tiny",
+        f"model.vision={json.dumps(vision)}", f"model.text={json.dumps(text)}", f"data.train=[{shards / 'train'}]",
+        f"data.test=[{shards / 'test'}]", f"data.tokenizer={media / 'vocab.txt'}", "data.workers=0",
+        "optim.warmup_steps=2", "optim.lr=1e-3", "evaluation.rerank_depth=4",
+    ]  # fmt: skip
+
+
+def launch(arguments: Sequence[str], ranks: int = 2, accelerator: str = "cpu") -> subprocess.Popen:
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port"]
+    command = [*launcher, str(free_port()), "--module", "smaug_ds.pretrain", *arguments]
+    environment = {**os.environ, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
