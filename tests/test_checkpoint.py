@@ -45,16 +45,19 @@ def save(folder: Path, step: int, keep: int = 2, model: nn.Module | None = None)
     return checkpoint.save(engine, folder, step, {"n": step}, {"meters": {"m": step}}, model, {"frames": 4}, keep)
 
 
+WARNINGS: list[str] = []
+
+
 def load(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    latest = checkpoint.latest(folder)
-    assert latest is not None
+    opened = checkpoint.open_latest(folder, WARNINGS.append)
+    assert opened is not None
+    latest, state = opened
     engine = FakeEngine()
-    state = checkpoint.read_state(latest)
     return engine.content or latest.name, state, checkpoint.restore(engine, latest)
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.open_latest(tmp_path, WARNINGS.append) is None
     save(tmp_path, 5)
     name, state, rank_state = load(tmp_path)
     assert name == "step_5"
@@ -83,15 +86,37 @@ def test_what_is_not_called_like_a_checkpoint_is_left_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("pointer", [None, "", "\n"])
-def test_checkpoints_without_a_pointer_are_no_fresh_start(tmp_path: Path, pointer: str | None) -> None:
+def test_without_a_pointer_the_newest_is_taken_loudly(tmp_path: Path, pointer: str | None) -> None:
+    """As after a kill between the first checkpoint's rename and the pointer."""
     save(tmp_path, 4), save(tmp_path, 16)
     (tmp_path / "latest").unlink()
     if pointer is not None:
         (tmp_path / "latest").write_text(pointer)
-    with pytest.raises(ValueError, match="holds step_4, step_16 but `latest` is missing or empty: write one of these"):
-        checkpoint.latest(tmp_path)
+    WARNINGS.clear()
+    assert load(tmp_path)[1]["step"] == 16
+    assert len(WARNINGS) == 1 and "latest is missing or empty; going on from step_16" in WARNINGS[0]
+    assert load(tmp_path)[1]["step"] == 16 and len(WARNINGS) == 1
     (tmp_path / "latest").write_text("step_4")
     assert load(tmp_path)[1]["step"] == 4
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly_and_written_again(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        save(tmp_path, step, keep=3)
+    (tmp_path / "step_12" / "engine" / "weights.pt").write_text("step_1" * 999)
+    (tmp_path / "step_8" / "config.json").unlink()
+    WARNINGS.clear()
+    name, state, _ = load(tmp_path)
+    assert (name, state["step"]) == ("step_4", 4)
+    assert len(WARNINGS) == 1 and "step_12/engine/weights.pt is damaged, its bytes is 5994 instead of" in WARNINGS[0]
+    assert "going on from step_4, 2 before it passed over" in WARNINGS[0]
+    save(tmp_path, 8, keep=3)  # the run that went on comes by the same steps
+    save(tmp_path, 12, keep=3)
+    assert load(tmp_path)[0] == "step_12" and len(WARNINGS) == 1
+    for step in (4, 8, 12):
+        (tmp_path / f"step_{step}" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"none of step_12, step_8, step_4 in .* is whole: .*step_12/manifest\.json"):
+        checkpoint.open_latest(tmp_path, WARNINGS.append)
 
 
 def test_saving_the_latest_step_again_does_nothing(tmp_path: Path) -> None:
@@ -159,7 +184,7 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str, how: str) -> None:
         file.write_bytes(file.read_bytes()[:-1])
     else:
         file.unlink()
-    with pytest.raises(ValueError, match=f"{name} is {'missing' if how == 'missing' else 'damaged'}.*older checkpoint"):
+    with pytest.raises(ValueError, match=f"{name} is {'missing' if how == 'missing' else 'damaged'}.*remove them"):
         load(tmp_path)
 
 
@@ -174,7 +199,7 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(checkpoint, "verify", lambda path: None)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match=r"run\.folder: .*step_4 is of 1 ranks, but this run has 2"):
-        load(tmp_path)
+        checkpoint.read_state(tmp_path / "step_4")
 
 
 def test_random_states_go_on_where_they_were(tmp_path: Path) -> None:

@@ -85,19 +85,36 @@ def save(
     return final
 
 
-def latest(folder: Path) -> Path | None:
-    """The checkpoint of ``folder`` to resume from, or None where there is none at all.
+def open_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint of ``folder`` to resume from and its state, see ``read_state``; None where there is none at all.
 
-    Raises ValueError when there are checkpoints but nothing says which one: starting anew would overwrite them.
+    That is the one that ``latest`` names. If it is damaged, or nothing is named, it is the newest older one that is
+    whole; ``warn`` is told, and the pointer goes back to it. All ranks call it.
+
+    Raises:
+        ValueError: there are checkpoints, but not one is whole; the message says what is wrong with the newest.
+        ConfigError: the checkpoint is of another number of ranks.
     """
-    if name := _read_pointer(folder):
-        return folder / name
-    if numbers := _step_numbers(folder):
-        names = ", ".join(f"step_{number}" for number in numbers)
-        raise ValueError(
-            f"{folder} holds {names} but `{LATEST}` is missing or empty: write one of these names into it, or give "
-            "another run.folder"
-        )
+    candidates = distributed.gather_objects(_candidates(folder))[0]  # as the main rank sees them
+    damage: list[str] = []
+    for number, name in enumerate(candidates):
+        try:
+            state = read_state(folder / name)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        if _read_pointer(folder) != name:
+            reason = damage[0] if damage else f"{folder / LATEST} is missing or empty"
+            warn(f"WARNING: {reason}; going on from {name}, {number} before it passed over")
+            distributed.barrier()
+            if distributed.is_main():
+                _point_to(folder, name)
+            distributed.barrier()
+        return folder / name, state
+    if damage:
+        raise ValueError(f"none of {', '.join(candidates)} in {folder} is whole: {damage[0]}; remove them to start anew")
     return None
 
 
@@ -136,20 +153,19 @@ def restore(engine: Any, checkpoint: Path) -> dict[str, Any]:
 
 def verify(checkpoint: Path) -> None:
     """Compares every file with the manifest; the ranks share the work. Raises ValueError naming what is damaged."""
-    remedy = f"remove {checkpoint} and write the name of an older checkpoint into {checkpoint.parent / LATEST}"
     with distributed.agreeing(ValueError):
         try:
             expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{checkpoint / MANIFEST} cannot be read ({error}): {remedy}") from error
+            raise ValueError(f"{checkpoint / MANIFEST} cannot be read ({error})") from error
     found = _on_all_ranks(checkpoint, _describe)
     for name, facts in expected.items():
         if name not in found:
-            raise ValueError(f"{checkpoint / name} is missing: {remedy}")
+            raise ValueError(f"{checkpoint / name} is missing")
         for fact in ("bytes", "sha256"):
             if facts[fact] != found[name][fact]:
                 wrong = f"{fact} is {found[name][fact]} instead of {facts[fact]}"
-                raise ValueError(f"{checkpoint / name} is damaged, its {wrong}: {remedy}")
+                raise ValueError(f"{checkpoint / name} is damaged, its {wrong}")
 
 
 def find(path: str | Path) -> Path:
@@ -222,6 +238,16 @@ def code_version() -> dict[str, Any]:
     return {"version": smaug_ds.__version__, "commit": commit, "torch": torch.__version__}
 
 
+def _candidates(folder: Path) -> list[str]:
+    """Names of the checkpoints that a run may go on from, the one that ``latest`` names first, then older ones."""
+    named = _read_pointer(folder)
+    numbers = sorted(_step_numbers(folder), reverse=True)
+    if not named:
+        return [f"step_{number}" for number in numbers]
+    step = re.fullmatch(r"step_(\d+)", named)
+    return [named, *(f"step_{number}" for number in numbers if step and number < int(step[1]))]
+
+
 def _read_pointer(folder: Path) -> str | None:
     pointer = folder / LATEST
     return pointer.read_text().strip() if pointer.is_file() else None
@@ -234,8 +260,12 @@ def _publish(aside: Path, final: Path) -> None:
         _sync_folder(inner)
     os.rename(aside, final)
     _sync_folder(folder)
+    _point_to(folder, final.name)
+
+
+def _point_to(folder: Path, name: str) -> None:
     pointer = folder / f"{_ASIDE}{LATEST}"
-    _write(pointer, final.name + "\n")
+    _write(pointer, name + "\n")
     os.replace(pointer, folder / LATEST)
     _sync_folder(folder)
 
