@@ -12,10 +12,12 @@ Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0  # in a log file
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {rate_fmt}, {remaining} left\n"
+_LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} {unit}, {rate_fmt}\n"
 
 
-def bar(items: Iterable[Item], total: int, name: str, unit: str, shown: bool = True) -> tqdm[Item]:
-    """``items`` as they are, counted as they pass; ``total`` of them are expected. ``shown=False`` stays silent.
+def bar(items: Iterable[Item], total: int | None, name: str, unit: str, shown: bool = True) -> tqdm[Item]:
+    """``items`` as they are, counted as they pass; ``total`` of them are expected (None: unknown). ``shown=False``
+    stays silent.
 
     Update by hand what does not pass one by one: ``with bar(range(0), total, ...) as work: work.update(50)``.
     """
@@ -28,6 +30,6 @@ def bar(items: Iterable[Item], total: int, name: str, unit: str, shown: bool = T
         unit=unit,
         disable=not shown,
         mininterval=SECONDS_BETWEEN_LINES,
-        bar_format=_LINE,
+        bar_format=_LINE if total is not None else _LINE_WITHOUT_TOTAL,
         ascii=True,
     )

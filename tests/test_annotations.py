@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from smaug_ds.data import annotations
 from smaug_ds.data.annotations import (
     Annotation,
     Source,
@@ -70,9 +71,26 @@ def test_rows_of_another_format_are_named(tmp_path: Path, rows: Any, message: st
 def test_files_that_are_no_list(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"list .*gone\.json does not exist"):
         read_lists([tmp_path / "gone.json"])
-    (tmp_path / "bad.json").write_bytes(b'[{"video": "\xff"}]')
-    with pytest.raises(SourceError, match=r"bad\.json is not a JSON list in UTF-8"):
-        read_lists([tmp_path / "bad.json"])
+    for content, message in [
+        (b'[{"video": "a.mp4", "caption": "x"}, {"video": "b', r"row 1 is damaged"),
+        (b'[{"video": "a.mp4", "caption": "x"} {"video"', r"no comma or end after row 0"),
+        (b'[{"video": "a.mp4", "caption": "x"}', r"no comma or end after row 0"),
+        (b"", r"not a list of rows"),
+    ]:
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(SourceError, match=rf"bad\.json .*{message}"):
+            read_lists([tmp_path / "bad.json"])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])
+def test_arrays_are_read_piece_by_piece(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotations, "_CHUNK", chunk)
+    rows = [{"a": ["] ,[{", '\\"'], "b": None}, {}, {"c": {"d": [1.5, "ü"]}}] * 3
+    for indent in (None, 3):
+        (tmp_path / "rows.json").write_text("\ufeff " + json.dumps(rows, indent=indent) + "\n ", encoding="utf-8")
+        assert list(annotations.json_rows(tmp_path / "rows.json")) == rows
+    (tmp_path / "rows.json").write_text(" [ ] ")
+    assert list(annotations.json_rows(tmp_path / "rows.json")) == []
 
 
 def test_lists_are_found_three_levels_down_but_not_deeper(tmp_path: Path) -> None:
@@ -123,5 +141,5 @@ def test_lists_over_real_media(shared_data: Path) -> None:
 
 
 def test_benchmark_files_in_the_same_layout(shared_data: Path) -> None:
-    annotations = read_lists([shared_data / "annotations" / "msrvtt" / "msrvtt_ret_test1k.json"])
-    assert len(annotations) == 1000 and all(len(annotation.captions) == 1 for annotation in annotations)
+    listed = read_lists([shared_data / "annotations" / "msrvtt" / "msrvtt_ret_test1k.json"])
+    assert len(listed) == 1000 and all(len(annotation.captions) == 1 for annotation in listed)

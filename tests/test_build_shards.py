@@ -97,7 +97,7 @@ def test_files_that_cannot_be_used_are_left_out_with_a_reason(media: Path, tmp_p
         "./1.png": "no_caption",
     }
     assert all(line["detail"] for line in lines) and sum(report.rejects.values()) == 5
-    assert "5 media files left out" in str(report)
+    assert "5 rows and media files left out" in str(report)
     assert [sample.captions for sample in samples_of(out)] == [
         annotation.captions for annotation in read_lists([media / "list.json"])
     ]
@@ -144,8 +144,10 @@ def test_the_tools_on_the_command_line(media: Path, tmp_path: Path) -> None:
     built = run_tool("tools/build_shards.py", *options, tmp_path / "out")
     assert built.returncode == 0, built.stderr
     assert "1 shards" in built.stdout and "10 samples (6 videos" in built.stdout
-    refused = run_tool("tools/build_shards.py", *options, tmp_path / "out")
-    assert refused.returncode == 2
+    again = run_tool("tools/build_shards.py", *options, tmp_path / "out")
+    assert again.returncode == 0 and "all made before" in again.stdout
+    refused = run_tool("tools/build_shards.py", *options, tmp_path / "out", "--samples-per-shard", 9)
+    assert refused.returncode == 2 and "samples_per_shard = 256, this command has 9" in refused.stderr
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
 
     write_tar(tmp_path / "ready" / "00000.tar", crawled("a", make_image(1), "jpg", "a picture"))

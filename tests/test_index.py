@@ -7,16 +7,18 @@ import json
 import os
 import pickle
 import tarfile
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from smaug_ds.data import indexing, scanning
 from smaug_ds.data.index import SAMPLE_DTYPE, Corpus, ShardIndex
-from smaug_ds.data.indexing import build_index
+from smaug_ds.data.indexing import build_index, read_report
 from smaug_ds.data.order import stable_hash
 from smaug_ds.data.sample import MEDIA, Sample
-from smaug_ds.data.shard import SampleError, ShardError, choose_captions
+from smaug_ds.data.shard import MAX_CAPTION_LENGTH, MAX_TEXT_BYTES, SampleError, ShardError, choose_captions
 from smaug_ds.data.video import MediaFacts, probe
 from tests.shards import crawled, make_clip, make_image, write_tar
 
@@ -282,6 +284,119 @@ def test_a_tar_that_shrinks_or_goes_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(path, 1100)
     with pytest.raises(ShardError, match=r"0\.tar ends at byte 1100, but sample a goes to byte"):
         index.read_sample(index.entry(0))
+
+
+def test_all_bad_tars_are_named_and_can_be_skipped(tmp_path: Path) -> None:
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", crawled(str(number), make_image(number), "jpg", "a"))
+    os.truncate(tmp_path / "1.tar", 700)
+    (tmp_path / "2.tar").unlink()
+    (tmp_path / "2.tar").symlink_to("/proc/self/mem")  # opens, but reading it fails, whoever reads
+    message = r"2 of 4 tars cannot be used:\n.*1\.tar is cut short.*\n.*2\.tar cannot be read: Input/output error\n"
+    with pytest.raises(ShardError, match=message):
+        build_index(tmp_path)
+    assert not (tmp_path / "index").exists()
+    report = build_index(tmp_path, skip_bad_shards=True)
+    assert report.samples == 2
+    index = ShardIndex.open(tmp_path)
+    assert [sample.key for sample in read_all(index)] == ["0", "3"]
+    assert [(tar["name"], tar["bytes"]) for tar in index.manifest["skipped"]] == [("1.tar", 700), ("2.tar", 0)]
+    os.truncate(tmp_path / "1.tar", 600)
+    with pytest.raises(ShardError, match=r"1\.tar and 0 more tars are not in the index"):
+        ShardIndex.open(tmp_path)
+    (tmp_path / "1.tar").unlink()
+    assert len(ShardIndex.open(tmp_path)) == 2  # one that was skipped may go
+    for name in ("0.tar", "3.tar"):
+        os.truncate(tmp_path / name, 700)
+    with pytest.raises(ShardError, match=r"not one usable sample in 3 tars; the first: .*0\.tar is cut short"):
+        build_index(tmp_path, skip_bad_shards=True)
+
+
+def test_a_broken_off_indexing_scans_only_what_is_left_or_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned: list[str] = []
+
+    def scan(path: Path) -> scanning.Scan:
+        scanned.append(path.name)
+        return scanning.scan_tar(path)
+
+    monkeypatch.setattr(indexing, "scan_tar", scan)
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", crawled(str(number), make_image(number), "jpg", f"old {number}"))
+    whole = (tmp_path / "2.tar").read_bytes()
+    os.truncate(tmp_path / "2.tar", 700)
+    with pytest.raises(ShardError, match="cut short"):
+        build_index(tmp_path)
+    assert scanned == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    (tmp_path / "2.tar").write_bytes(whole)
+    status = (tmp_path / "1.tar").stat()
+    write_tar(tmp_path / "1.tar", crawled("1", make_image(1), "jpg", "new 1"))  # of the same size
+    os.utime(tmp_path / "1.tar", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    scanned.clear()
+    build_index(tmp_path)
+    assert scanned == ["1.tar", "2.tar"]
+    assert [sample.captions for sample in read_all(ShardIndex.open(tmp_path))] == [
+        (caption,) for caption in ("old 0", "new 1", "old 2", "old 3")
+    ]
+    assert not (tmp_path / ".index.partial").exists()
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_member_that_claims_10_gigabytes(tmp_path: Path, form: int) -> None:
+    path = write_tar(tmp_path / "0.tar", crawled("a", make_image(1), "jpg", "first"), form)
+    with path.open("r+b") as file, tarfile.open(path) as tar:
+        end = max(member.offset_data for member in tar) + tarfile.BLOCKSIZE
+        claim = tarfile.TarInfo("b.mp4")
+        claim.size = 10**10
+        header = claim.tobuf(form)
+        file.seek(end)
+        file.write(header)
+        file.truncate(end + len(header) + 1000)  # the tar ends inside the member
+    with pytest.raises(ShardError, match=r"0\.tar is cut short"):
+        build_index(tmp_path)
+    with path.open("r+b") as file:  # the bytes are there, as a hole
+        file.truncate(end + len(header) + 10**10)
+        file.seek(0, os.SEEK_END)
+        for name, data in [("b.txt", b"second"), *crawled("c", make_image(3), "jpg", "third")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.write(member.tobuf(form) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        file.write(bytes(1024))
+    assert build_index(tmp_path).rejects == {"too_large": 1}
+    assert [sample.key for sample in read_all(ShardIndex.open(tmp_path))] == ["a", "c"]
+
+
+def test_captions_that_are_too_long_and_media_without_bytes(tmp_path: Path) -> None:
+    image, page = make_image(1), "word " * 200_000
+    members = [
+        *crawled("good", image, "jpg", "short"),
+        *crawled("page", image, "jpg", page),
+        *crawled("one", image, "jpg", page, captions=[page, "fits"]),
+        *crawled("nothing", b"", "jpg", "nothing"),
+        ("huge.jpg", image),
+        ("huge.txt", b"x" * (MAX_TEXT_BYTES + 1)),
+        *crawled("limit", image, "jpg", "x" * MAX_CAPTION_LENGTH),
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    assert build_index(tmp_path).rejects == {"caption_too_long": 1, "media_image": 1, "too_large": 1}
+    captions = {sample.key: sample.captions for sample in read_all(ShardIndex.open(tmp_path))}
+    assert captions == {"good": ("short",), "one": ("fits",), "limit": ("x" * MAX_CAPTION_LENGTH,)}
+
+
+def test_sizes_are_counted(tmp_path: Path) -> None:
+    shapes = [(10 + number % 12, 20) for number in range(30)] + [(64, 48)] * 5
+    members = [
+        part for n, size in enumerate(shapes) for part in crawled(str(n), make_image(1, "jpg", size), "jpg", "a")
+    ]
+    for shard in range(5):
+        write_tar(tmp_path / f"{shard}.tar", members[shard * 21 : (shard + 1) * 21])
+    report = build_index(tmp_path)
+    slow = Counter(f"{width}x{height}" for width, height in shapes)
+    assert report.distinct_sizes == len(slow) == 13 and len(report.sizes) == 8
+    assert list(report.sizes.values()) == [count for _, count in slow.most_common(8)]
+    assert report.sizes.items() <= slow.items() and "64x48 5" in str(report)
+    assert read_report(tmp_path) == report
 
 
 # --- index and corpus ---

@@ -1,23 +1,27 @@
-"""Readers of the corpora's own file formats, and what a folder given as ``--data`` holds.
+"""Media files with their captions as lists name them, and what a folder given as ``--data`` holds.
 
 A Singularity-style list is a JSON array of ``{"video": path, "caption": text or [texts]}`` or ``{"image": ...}``, paths
-relative to a media root; further fields are left alone.
+relative to a media root; further fields are left alone. ``corpora`` reads the formats of the large corpora.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from smaug_ds.data.sample import MEDIA, Medium
 
 TRAIN_LISTS = ("video_train.json", "image_train.json")
 TEST_LISTS = ("video_test.json", "image_test.json")
 _LIST_DEPTH = 3  # data/annotations/project/video_train.json
+_CHUNK = 2**20  # characters read at a time
+_LONGEST_ROW = 2**26  # characters: past this a row is taken for damage, not for data
+_BLANK = re.compile(r"[ \t\n\r]*")
 
 
 class SourceError(ValueError):
@@ -32,6 +36,8 @@ class Annotation:
     path: str  # relative to the media root
     captions: tuple[str, ...]  # may be empty
     media_id: str
+    elsewhere: tuple[str, ...] = ()  # where else the file may lie, tried in this order
+    beside: bool = False  # the captions stand in KEY.json or KEY.txt beside the file
 
 
 @dataclass(frozen=True)
@@ -51,18 +57,9 @@ def read_list(path: str | Path) -> Iterator[Annotation]:
         SourceError: no such file, no JSON, or a row that is not of this format; names the file and the row.
     """
     captions: dict[tuple[Medium, str], dict[str, None]] = {}
-    for number, row in enumerate(_rows(Path(path))):
-        media = [medium for medium in MEDIA if isinstance(row, dict) and isinstance(row.get(medium), str)]
-        if len(media) != 1:
-            raise SourceError(f'{path}, row {number}: wants "video" or "image" with a path, found {_shown(row)}')
-        texts = row.get("caption")
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise SourceError(
-                f'{path}, row {number}: wants "caption" with a text or a list of texts, found {_shown(row)}'
-            )
-        known = captions.setdefault((media[0], row[media[0]]), {})
-        known.update(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    for number, row in enumerate(json_rows(Path(path))):
+        new = parse_row(row, f"{path}, row {number}")
+        captions.setdefault((new.medium, new.path), {}).update(dict.fromkeys(new.captions))
     for (medium, file), texts in captions.items():
         yield Annotation(medium, file, tuple(texts), media_id=file)
 
@@ -76,6 +73,71 @@ def read_lists(paths: Iterable[str | Path]) -> list[Annotation]:
             captions = tuple(dict.fromkeys(old.captions + new.captions))
             merged[new.medium, new.path] = Annotation(new.medium, new.path, captions, new.media_id)
     return list(merged.values())
+
+
+def parse_row(row: Any, place: str) -> Annotation:
+    """One row of a Singularity-style list; captions stripped, without empty and repeated ones.
+
+    Raises:
+        SourceError: not such a row; the message begins with ``place``.
+    """
+    media = [medium for medium in MEDIA if isinstance(row, dict) and isinstance(row.get(medium), str)]
+    if len(media) != 1:
+        raise SourceError(f'{place}: wants "video" or "image" with a path, found {_shown(row)}')
+    texts = row.get("caption", row.get("captions"))
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise SourceError(f'{place}: wants "caption" with a text or a list of texts, found {_shown(row)}')
+    path = row[media[0]]
+    return Annotation(media[0], path, tuple(dict.fromkeys(text.strip() for text in texts if text.strip())), path)
+
+
+def json_rows(path: Path) -> Iterator[Any]:
+    """The elements of a JSON array, one at a time: files of some GB are never held whole. Bytes that are not UTF-8
+    become lone surrogates. Raises SourceError for what is no such array; names the row."""
+    decode = json.JSONDecoder().raw_decode
+    row = 0
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            text, place, wanted = file.read(_CHUNK), 0, "["
+            while True:
+                place = _end_of_blanks(text, place)
+                more = file.read(_CHUNK) if place == len(text) else ""
+                if more:
+                    text, place = more, 0
+                elif wanted:  # "[" first, then "," or "]" after each element
+                    found = text[place : place + 1]
+                    if found == "]" and wanted == ",":
+                        return
+                    if found != wanted:
+                        if wanted == "[":
+                            kind = {"{": "dict", '"': "str"}.get(found, "value or nothing")
+                            raise SourceError(f"{path} holds a JSON {kind}, not a list of rows")
+                        raise SourceError(f"{path} is no JSON list: no comma or end after row {row - 1}")
+                    place, wanted = place + 1, ""
+                elif text[place : place + 1] == "]" and row == 0:
+                    return
+                else:
+                    try:
+                        value, place = decode(text, place)
+                    except json.JSONDecodeError as error:
+                        more = file.read(max(_CHUNK, len(text) - place))  # twice as much: no quadratic time
+                        if not more or len(text) - place > _LONGEST_ROW:
+                            raise SourceError(f"{path} is no JSON list: row {row} is damaged ({error.msg})") from None
+                        text, place = text[place:] + more, 0
+                        continue
+                    yield value
+                    row, wanted = row + 1, ","
+    except FileNotFoundError:
+        raise SourceError(f"list {path} does not exist") from None
+    except OSError as error:
+        raise SourceError(f"list {path} cannot be read: {error}") from error
+
+
+def _end_of_blanks(text: str, place: int) -> int:
+    match = _BLANK.match(text, place)
+    assert match  # the pattern matches nothing, too
+    return match.end()
 
 
 def find_lists(folder: str | Path) -> dict[str, Path]:
@@ -127,18 +189,6 @@ def describe_source(data: str | Path, media_root: str | Path | None = None) -> S
 
 def _has_tars(folder: Path) -> bool:
     return any(folder.glob("*.tar"))
-
-
-def _rows(path: Path) -> list:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"list {path} does not exist") from None
-    except ValueError as error:
-        raise SourceError(f"{path} is not a JSON list in UTF-8: {error}") from error
-    if not isinstance(rows, list):
-        raise SourceError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows")
-    return rows
 
 
 def _shown(row: object) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 
+HIDING_CODECS = frozenset({"vp8", "vp9"})  # whose packets may hold a picture that is not shown
+
+
 class Picture(NamedTuple):
     """Roles of the picture in one packet."""
 

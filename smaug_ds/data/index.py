@@ -2,7 +2,8 @@
 
 Layout, beside the tars of ``FOLDER``::
 
-    FOLDER/index/manifest.json   format, shards (name, bytes, samples), vocabularies, totals, rejects by reason
+    FOLDER/index/manifest.json   format, shards (name, bytes, samples), skipped tars (name, bytes, reason),
+                                 vocabularies, totals, rejects by reason
     FOLDER/index/samples.npy     one SAMPLE_DTYPE record per sample, in the order of the tars
     FOLDER/index/medium.npy      (N,) uint8, position in MEDIA          } apart from the records, because choosing a
     FOLDER/index/bucket.npy      (N,) uint32, hash of the media id      } split reads these columns as a whole
@@ -103,6 +104,9 @@ class ShardIndex:
                 raise ShardError(f"{folder / name} is in the index but missing; bring it back, or {remedy}")
             if size != shard["bytes"]:
                 raise ShardError(f"{folder / name} has {size} bytes, {shard['bytes']} when it was indexed; {remedy}")
+        for tar in opened.manifest.get("skipped", ()):  # left out on purpose, as long as it is the same
+            if present.get(tar["name"]) == tar["bytes"]:
+                del present[tar["name"]]
         if present:
             raise ShardError(f"{folder / min(present)} and {len(present) - 1} more tars are not in the index; {remedy}")
         return opened

@@ -1,47 +1,36 @@
-"""Builds the shard index (``smaug_ds.data.index``): scans tars, probes media, leaves out what cannot be used."""
+"""Builds the shard index (``smaug_ds.data.index``) out of the scans of its tars.
+
+Scans are kept in ``FOLDER/.index.partial`` until the index is in place, so a broken-off indexing goes on where it was;
+a tar that changed since (size or time) is scanned again. Memory holds one shard at a time, whatever their number.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from multiprocessing import get_context
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
-from smaug_ds.data.index import COLUMNS, FORMAT, SAMPLE_DTYPE
-from smaug_ds.data.order import stable_hash
+from smaug_ds.data.index import FORMAT, SAMPLE_DTYPE
+from smaug_ds.data.parallel import alone_in, on_processes, room_in, write_whole
 from smaug_ds.data.sample import MEDIA
-from smaug_ds.data.shard import SampleError, ShardError, choose_captions, medium_of, parse_metadata, tar_sizes
-from smaug_ds.data.video import MediaError, MediaFacts, probe
+from smaug_ds.data.scanning import NAMED, Scan, scan_tar, stamp_of
+from smaug_ds.data.shard import ShardError, tar_sizes
 from smaug_ds.progress import bar
 
-MAX_MEDIA_BYTES = 2**30  # a sample is read at once: it must fit into memory, and pread returns at most 2 GiB
-MAX_TEXT_BYTES = 2**24
-
-_NAMED = {"codec": "codecs", "pixel_format": "pixel_formats", "suffix": "suffixes"}  # column -> name in the manifest
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A sample that was left out of an index."""
-
-    shard: str  # name of the tar
-    key: str
-    reason: str  # short code, counted in reports
-    detail: str
+_PARTIAL = ".index.partial"
+_SHOWN_SIZES = 8  # of the most frequent frame sizes
+_REMEDY = (
+    "copy or build them again and run the same command, which goes on where it was; or take them out of the folder, "
+    "or leave them out of the index (tools/index_shards.py --skip-bad-shards)"
+)
 
 
 @dataclass
@@ -56,192 +45,171 @@ class IndexReport:
     video_hours: float = 0.0
     cut_short: int = 0  # videos with fewer frames than their header declares
     codecs: dict[str, int] = field(default_factory=dict)  # codec -> samples
+    sizes: dict[str, int] = field(default_factory=dict)  # "WIDTHxHEIGHT" -> samples, the most frequent ones
+    distinct_sizes: int = 0
     rejects: dict[str, int] = field(default_factory=dict)  # reason -> samples
 
     def __str__(self) -> str:
-        codecs = ", ".join(f"{codec} {count}" for codec, count in self.codecs.items())
         lines = [
             f"{self.samples} samples ({self.videos} videos of {self.video_hours:.2f} hours, {self.images} images), "
             f"{self.captions} captions, {self.media_bytes / 1e6:.1f} MB of media",
-            f"codecs: {codecs}",
+            f"codecs: {_counted(self.codecs)}",
+            f"sizes: {_counted(self.sizes)}; {self.distinct_sizes} different ones",
         ]
         if self.cut_short:
             lines.append(f"{self.cut_short} videos have fewer frames than their header declares")
         if self.rejects:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejects.items())
-            lines.append(f"{sum(self.rejects.values())} rejected: {reasons}")
+            lines.append(f"{sum(self.rejects.values())} rejected: {_counted(self.rejects)}")
         return "\n".join(lines)
 
 
-@dataclass
-class _Scan:
-    """One shard's part of an index. Its columns codec, pixel_format and suffix are positions in its own ``names``."""
-
-    rows: np.ndarray  # (n,) SAMPLE_DTYPE; shard is 0 and key_offset counts from the shard's first key
-    keys: bytes
-    names: dict[str, list[str]]  # column -> vocabulary
-    rejects: list[Reject]
-
-
-def build_index(folder: str | Path, workers: int = 1, progress: bool = False) -> IndexReport:
+def build_index(
+    folder: str | Path, workers: int = 1, progress: bool = False, skip_bad_shards: bool = False
+) -> IndexReport:
     """Indexes every tar of ``folder`` on ``workers`` processes and puts the index in place in one move.
 
     The shards stay untouched. A sample without captions or without media that can be probed is left out and stands,
-    with its reason, in ``index/rejects.jsonl``.
+    with its reason, in ``index/rejects.jsonl``. With ``skip_bad_shards`` tars that cannot be read are left out, too;
+    the manifest keeps them as "skipped" (name, bytes, reason).
 
     Raises:
-        ShardError: no folder, no tar, a tar that is cut short or damaged, or not one usable sample.
+        ShardError: no folder, no tar, tars that are cut short or damaged (all of them are named), not one usable
+            sample, no room.
     """
     folder = Path(folder)
     sizes = tar_sizes(folder)
-    with parallel_map(_scan, [folder / name for name in sizes], workers) as results:
-        scans = list(bar(results, len(sizes), "index", "shards", shown=progress))
-    report = _report(scans)
-    if not report.samples:
-        first = next((reject for scan in scans for reject in scan.rejects), None)
-        why = f"the first: {first.key}: {first.reason}, {first.detail}" if first else "no members at all"
-        raise ShardError(f"{folder}: not one usable sample in {len(sizes)} tars; {why}")
-    aside = folder / ".index.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    _write(aside, sizes, scans, report)
-    if (folder / "index").exists():
-        os.replace(folder / "index", aside / "replaced")
-    os.replace(aside, folder / "index")
-    shutil.rmtree(folder / "index" / "replaced", ignore_errors=True)
+    partial = folder / _PARTIAL
+    partial.mkdir(exist_ok=True)
+    with alone_in(partial), room_in(folder):
+        skipped = _scan_all(folder, list(sizes), workers, progress)
+        if skipped and not skip_bad_shards:
+            reasons = "\n".join(skipped.values())
+            raise ShardError(f"{len(skipped)} of {len(sizes)} tars cannot be used:\n{reasons}\n{_REMEDY}")
+        good = [name for name in sizes if name not in skipped]
+        report = _write(partial, {name: sizes[name] for name in good}, [
+            {"name": name, "bytes": sizes[name], "reason": reason} for name, reason in skipped.items()
+        ])  # fmt: skip
+        shutil.rmtree(partial / "replaced", ignore_errors=True)
+        if (folder / "index").exists():
+            os.replace(folder / "index", partial / "replaced")
+        os.replace(partial / "index", folder / "index")
+    shutil.rmtree(partial)
     return report
 
 
-@contextmanager
-def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Iterable[Result]]:
-    """``with parallel_map(function, items, workers) as results``: the results in order, from ``workers`` processes.
-
-    One worker is this process itself. More are spawned, because a fork would copy the locks of running threads.
-    """
-    workers = min(workers, len(items))
-    if workers <= 1:
-        yield map(function, items)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            yield pool.map(function, items)
-        finally:
-            pool.shutdown(cancel_futures=True)
+def read_report(folder: Path) -> IndexReport:
+    """What an indexed folder holds."""
+    return IndexReport(**json.loads((folder / "index" / "manifest.json").read_text())["totals"])
 
 
-def _scan(path: Path) -> _Scan:
-    """Reads one tar from end to end and probes its media."""
-    rows: list[np.ndarray] = []
-    keys = bytearray()
-    names: dict[str, list[str]] = {column: [] for column in _NAMED}
-    rejects: list[Reject] = []
-    with path.open("rb") as tar:
-        for key, members in _grouped(path, tar):
-            try:
-                encoded = key.encode("utf-8")
-                columns = _examine(tar, members)
-            except (SampleError, MediaError, UnicodeEncodeError) as error:
-                rejects.append(_rejected(path, key, error))
-                continue
-            for column, vocabulary in names.items():
-                if columns[column] not in vocabulary:
-                    vocabulary.append(columns[column])
-                columns[column] = vocabulary.index(columns[column])
-            row = np.zeros(1, SAMPLE_DTYPE)
-            for column, value in columns.items():
-                row[column] = value
-            row["key_offset"], row["key_size"] = len(keys), len(encoded)
-            rows.append(row)
-            keys += encoded
-    return _Scan(np.concatenate([np.zeros(0, SAMPLE_DTYPE), *rows]), bytes(keys), names, rejects)
+def _scan_all(folder: Path, names: Sequence[str], workers: int, progress: bool) -> dict[str, str]:
+    """Scans the tars that have no valid scan yet. Returns the name and reason of those that cannot be used."""
+    left = [folder / name for name in names if not _is_scanned(folder / name)]
+    bad: dict[str, str] = {}
+    samples = 0
+    with (
+        on_processes(_scan_aside, left, workers) as results,
+        bar(range(0), len(names), "index", "shards", shown=progress) as work,
+    ):
+        work.initial = work.n = work.last_print_n = len(names) - len(left)  # no part of the rate
+        for name, found, reason in results:
+            samples += found
+            if reason:
+                bad[name] = reason
+            work.set_postfix_str(f"{samples} samples", refresh=False)
+            work.update()
+    return dict(sorted(bad.items()))
 
 
-def _grouped(path: Path, tar: BinaryIO) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, suffix -> (offset, size) of its members' data) of each sample of a tar.
-
-    Raises:
-        ShardError: the tar is cut short or damaged; ``tarfile`` alone takes both, past the first member, for the end.
-    """
-    key, members = "", dict[str, tuple[int, int]]()
-    remedy = "copy or build it again, or take it out of the folder"
+def _scan_aside(path: Path) -> tuple[str, int, str]:
+    """(name, samples, why the tar cannot be used) of one tar; its scan goes to the disk."""
     try:
-        with tarfile.open(fileobj=tar, mode="r:") as archive:
-            for member in archive:
-                dot = member.name.find(".", member.name.rfind("/") + 1)
-                if not member.isreg() or dot < 0:
-                    continue
-                if member.name[:dot] != key:
-                    if members:
-                        yield key, members
-                    key, members = member.name[:dot], {}
-                members[member.name[dot + 1 :].lower()] = member.offset_data, member.size
-            end = archive.offset
-    except tarfile.TarError as error:
-        raise ShardError(f"{path} is cut short or damaged ({error}); {remedy}") from error
-    if members:
-        yield key, members
-    block = os.pread(tar.fileno(), tarfile.BLOCKSIZE, end)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise ShardError(f"{path} is cut short: it ends at byte {end + len(block)} without an end marker; {remedy}")
-    if any(block):
-        raise ShardError(f"{path} is damaged: no member and no end marker at byte {end}; {remedy}")
+        stamp = stamp_of(path)
+        scan = scan_tar(path)
+    except (ShardError, FileNotFoundError) as error:
+        return path.name, 0, str(error)
+    with room_in(path.parent):
+        write_whole(_scan_of(path), scan.to_bytes(stamp))
+    return path.name, len(scan.rows), ""
 
 
-def _examine(tar: BinaryIO, members: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """Columns of one sample, names still spelt out. Raises SampleError or MediaError if it cannot be used."""
+def _scan_of(path: Path) -> Path:
+    return path.parent / _PARTIAL / f"{path.name}.npz"
 
-    def read(suffix: str, limit: int) -> bytes:
-        offset, size = members[suffix]
-        if size > limit:
-            raise SampleError("too_large", f"{suffix} of {size} bytes, at most {limit} can be read at once")
-        return os.pread(tar.fileno(), size, offset)
 
-    media = sorted((medium_of(suffix) or "", suffix) for suffix in members if medium_of(suffix))
-    if not media:
-        raise SampleError("no_media", f"members are {', '.join(sorted(members))} (a key must hold no dots)")
-    medium, suffix = media[-1]  # a video before its thumbnail
-    text = read("txt", MAX_TEXT_BYTES) if "txt" in members else None
-    metadata = parse_metadata(read("json", MAX_TEXT_BYTES)) if "json" in members else {}
-    captions, from_text = choose_captions(text, metadata)
-    media_id = metadata.get("media_id")
-    facts = _stated_facts(metadata)
-    content = read(suffix, MAX_MEDIA_BYTES) if facts is None or media_id is None else b""
-    json_needed = not from_text or media_id is not None
-    return {
-        "medium": MEDIA.index(medium),
-        "suffix": suffix,
-        "media_offset": members[suffix][0],
-        "media_size": members[suffix][1],
-        "text_offset": members["txt"][0] if from_text else 0,
-        "text_size": members["txt"][1] if from_text else 0,
-        "json_offset": members["json"][0] if json_needed else 0,
-        "json_size": members["json"][1] if json_needed else 0,
-        "media_hash": stable_hash(content if media_id is None else str(media_id)),
-        "captions": len(captions),
-        **asdict(facts or probe(content, suffix)),
+def _is_scanned(path: Path) -> bool:
+    try:
+        return Scan.load(_scan_of(path))[1] == stamp_of(path)
+    except FileNotFoundError:
+        return False
+
+
+def _write(partial: Path, sizes: dict[str, int], skipped: list[dict[str, Any]]) -> IndexReport:
+    """Writes ``partial/index``, in two passes over the scans: one for totals and vocabularies, one for the columns."""
+
+    def scans() -> Iterator[Scan]:
+        return (Scan.load(partial / f"{name}.npz")[0] for name in sizes)
+
+    aside = partial / "index"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    report, lengths, vocabularies = _totals(scans(), skipped, partial.parent)
+    kinds: tuple[np.dtype, ...] = (SAMPLE_DTYPE, np.dtype(np.uint8), np.dtype(np.uint32))
+    key_bytes = sum(keys for _, keys in lengths)
+    with (
+        (aside / "samples.npy").open("wb") as samples,
+        (aside / "medium.npy").open("wb") as medium,
+        (aside / "bucket.npy").open("wb") as bucket,
+        (aside / "keys.npy").open("wb") as keys,
+        (aside / "rejects.jsonl").open("w", encoding="ascii") as ledger,
+    ):
+        for file, kind in zip((samples, medium, bucket), kinds, strict=True):
+            _write_header(file, kind, report.samples)
+        _write_header(keys, np.dtype(np.uint8), key_bytes)
+        key_offset = 0
+        for shard, scan in enumerate(scans()):
+            rows = scan.rows
+            for column, vocabulary in vocabularies.items():
+                renumbered = np.array([vocabulary.index(name) for name in scan.names[column]], dtype=np.uint8)
+                rows[column] = renumbered[rows[column]]
+            rows["shard"] = shard
+            rows["key_offset"] += key_offset
+            key_offset += len(scan.keys)
+            samples.write(rows.tobytes())
+            medium.write(rows["medium"].tobytes())
+            bucket.write((rows["media_hash"] >> 31).astype(np.uint32).tobytes())  # the upper 32 of its 63 bits
+            keys.write(scan.keys)
+            ledger.writelines(json.dumps(asdict(reject)) + "\n" for reject in scan.rejects)
+    shards = [
+        {"name": name, "bytes": size, "samples": rows}
+        for (name, size), (rows, _) in zip(sizes.items(), lengths, strict=True)
+    ]
+    manifest = {
+        "format": FORMAT,
+        "shards": shards,
+        "skipped": skipped,
+        "key_bytes": key_bytes,
+        **{NAMED[column]: vocabulary for column, vocabulary in vocabularies.items()},
+        "totals": asdict(report),
     }
+    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return report
 
 
-def _stated_facts(metadata: dict[str, Any]) -> MediaFacts | None:
-    """The facts that the shard builder left in the json: media of its own shards are not probed again."""
-    stated = metadata.get("media_facts")
-    if not isinstance(stated, dict):
-        return None
-    types = {name: type(value).__name__ for name, value in stated.items()}
-    return MediaFacts(**stated) if types == {field.name: field.type for field in fields(MediaFacts)} else None
+def _write_header(file: Any, kind: np.dtype, length: int) -> None:
+    write_array_header_1_0(file, {"descr": dtype_to_descr(kind), "fortran_order": False, "shape": (length,)})
 
 
-def _rejected(path: Path, key: str, error: SampleError | MediaError | UnicodeEncodeError) -> Reject:
-    name = key.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(error, SampleError):
-        return Reject(path.name, name, error.reason, error.detail)
-    if isinstance(error, MediaError):
-        return Reject(path.name, name, f"media_{error.stage}", error.reason)
-    return Reject(path.name, name, "key_not_utf8", str(error))
-
-
-def _report(scans: Sequence[_Scan]) -> IndexReport:
+def _totals(
+    scans: Iterator[Scan], skipped: list[dict[str, Any]], folder: Path
+) -> tuple[IndexReport, list[tuple[int, int]], dict[str, list[str]]]:
+    """(totals, (samples, bytes of keys) of each shard, column -> vocabulary). Raises ShardError for no sample."""
     codecs: Counter[str] = Counter()
+    sizes: Counter[int] = Counter()  # width * 2**32 + height
+    rejects: Counter[str] = Counter()
+    names: dict[str, set[str]] = {column: set() for column in NAMED}
+    lengths = []
+    first_reject = None
     report = IndexReport()
     for scan in scans:
         rows = scan.rows
@@ -253,46 +221,27 @@ def _report(scans: Sequence[_Scan]) -> IndexReport:
         report.video_hours += float(rows["duration_s"][videos].sum(dtype=np.float64)) / 3600
         report.cut_short += int((rows["frames"] < rows["declared_frames"]).sum())
         codecs.update(scan.names["codec"][number] for number in rows["codec"])
+        shapes, counts = np.unique((rows["width"].astype(np.int64) << 32) + rows["height"], return_counts=True)
+        sizes.update(dict(zip(shapes.tolist(), counts.tolist(), strict=True)))
+        rejects.update(reject.reason for reject in scan.rejects)
+        first_reject = first_reject or next(iter(scan.rejects), None)
+        for column, found in names.items():
+            found.update(scan.names[column])
+        lengths.append((len(rows), len(scan.keys)))
+    if not report.samples:
+        why = "no members at all"
+        if first_reject:
+            why = f"the first: {first_reject.key}: {first_reject.reason}, {first_reject.detail}"
+        elif skipped:
+            why = f"the first: {skipped[0]['reason']}"
+        raise ShardError(f"{folder}: not one usable sample in {len(lengths) + len(skipped)} tars; {why}")
     report.images = report.samples - report.videos
     report.codecs = dict(codecs.most_common())
-    report.rejects = dict(Counter(reject.reason for scan in scans for reject in scan.rejects).most_common())
-    return report
+    report.sizes = {f"{size >> 32}x{size & 0xFFFFFFFF}": n for size, n in sizes.most_common(_SHOWN_SIZES)}
+    report.distinct_sizes = len(sizes)
+    report.rejects = dict(rejects.most_common())
+    return report, lengths, {column: sorted(found) for column, found in names.items()}
 
 
-def _write(folder: Path, sizes: dict[str, int], scans: Sequence[_Scan], report: IndexReport) -> None:
-    vocabularies = {column: sorted({name for scan in scans for name in scan.names[column]}) for column in _NAMED}
-    kinds: tuple[np.dtype, ...] = (SAMPLE_DTYPE, np.dtype(np.uint8), np.dtype(np.uint32))
-    samples, medium, bucket = (
-        open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(report.samples,))
-        for name, kind in zip(COLUMNS, kinds, strict=True)
-    )
-    row = key_bytes = 0
-    for shard, scan in enumerate(scans):
-        rows = scan.rows
-        for column, vocabulary in vocabularies.items():
-            renumbered = np.array([vocabulary.index(name) for name in scan.names[column]], dtype=np.uint8)
-            rows[column] = renumbered[rows[column]]
-        rows["shard"] = shard
-        rows["key_offset"] += key_bytes
-        here = slice(row, row + len(rows))
-        samples[here] = rows
-        medium[here] = rows["medium"]
-        bucket[here] = rows["media_hash"] >> 31  # the upper 32 of its 63 bits
-        row, key_bytes = here.stop, key_bytes + len(scan.keys)
-    for mapped in (samples, medium, bucket):
-        mapped.flush()
-    np.save(folder / "keys.npy", np.frombuffer(b"".join(scan.keys for scan in scans), dtype=np.uint8))
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as ledger:
-        for scan in scans:
-            ledger.writelines(json.dumps(asdict(reject)) + "\n" for reject in scan.rejects)
-    manifest = {
-        "format": FORMAT,
-        "shards": [
-            {"name": name, "bytes": size, "samples": len(scan.rows)}
-            for (name, size), scan in zip(sizes.items(), scans, strict=True)
-        ],
-        "key_bytes": key_bytes,
-        **{_NAMED[column]: vocabulary for column, vocabulary in vocabularies.items()},
-        "totals": asdict(report),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -13,6 +13,10 @@ from typing import Any
 from smaug_ds.data.sample import Medium, Sample
 from smaug_ds.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaFacts
 
+MAX_MEDIA_BYTES = 2**30  # a sample is read at once: it must fit into memory, and pread returns at most 2 GiB
+MAX_TEXT_BYTES = 2**24  # of KEY.txt and KEY.json
+MAX_CAPTION_LENGTH = 10_000  # characters; what is longer is no caption but a page, and slow to tokenise
+
 
 class ShardError(ValueError):
     """A corpus folder, shard or index that cannot be used as it is; the message names it and says what to do."""
@@ -67,28 +71,30 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
 
 
 def choose_captions(text: bytes | None, metadata: dict[str, Any]) -> tuple[tuple[str, ...], bool]:
-    """(captions, whether they are those of ``KEY.txt``), stripped, empty ones left out.
+    """(captions, whether they are those of ``KEY.txt``), stripped; empty ones and those too long are left out.
 
     The json's list ``captions`` comes first (several captions of one media), then the txt, then the json's ``caption``.
-    Raises SampleError if there is no caption, or one that is not UTF-8.
+    Raises SampleError if there is no caption, one that is not UTF-8, or none of at most ``MAX_CAPTION_LENGTH``.
     """
     several = metadata.get("captions")
+    longest = 0
     try:
-        if captions := _stripped(several if isinstance(several, list) else []):
-            return captions, False
-        if captions := _stripped([(text or b"").decode("utf-8")]):
-            return captions, True
-        if captions := _stripped([metadata.get("caption")]):
-            return captions, False
+        for captions, from_text in (
+            (several if isinstance(several, list) else [], False),
+            ([(text or b"").decode("utf-8")], True),
+            ([metadata.get("caption")], False),
+        ):
+            found = [caption.strip() for caption in captions if isinstance(caption, str)]
+            kept = tuple(caption for caption in found if 0 < len(caption) <= MAX_CAPTION_LENGTH)
+            if kept:
+                "".join(kept).encode("utf-8")  # raises on lone surrogates, which JSON can spell
+                return kept, from_text
+            longest = max([longest, *map(len, found)])
     except UnicodeError as error:
         raise SampleError("caption_not_utf8", str(error)) from error
+    if longest:
+        raise SampleError("caption_too_long", f"{longest} characters, at most {MAX_CAPTION_LENGTH}")
     raise SampleError("no_caption", "neither the txt nor the json holds one")
-
-
-def _stripped(captions: list[Any]) -> tuple[str, ...]:
-    found = tuple(caption.strip() for caption in captions if isinstance(caption, str) and caption.strip())
-    "".join(found).encode("utf-8")  # raises on lone surrogates, which JSON can spell
-    return found
 
 
 class ShardFile:

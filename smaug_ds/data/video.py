@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,7 +30,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from smaug_ds.data.bitstream import nal_length_size, read_picture
+from smaug_ds.data.bitstream import HIDING_CODECS, Picture, nal_length_size, read_picture
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_SUFFIXES = frozenset(
@@ -82,12 +84,12 @@ class Video:
         self._stream = _open(media, quick=True)
         self.codec = self._stream.codec_context.codec.canonical_name
         self._packets = _demux(self._stream)
-        length_size = nal_length_size(self.codec, self._stream.codec_context.extradata)
-        self._pictures = [read_picture(self.codec, memoryview(packet), length_size) for packet in self._packets]
+        self._length_size = nal_length_size(self.codec, self._stream.codec_context.extradata)
+        self._pictures: dict[int, Picture] = {}  # read when asked for, which most are not
         keys = [i for i, packet in enumerate(self._packets) if packet.is_keyframe]
         if not keys:
             raise MediaError("demux", f"no key frame in {len(self._packets)} packets")
-        self._restarts = [i for i in keys if self._pictures[i].restarts]
+        self._restarts = [i for i in keys if self._picture(i).restarts]
         # No decoder shows what comes before the first key frame, lies outside the edit list or is a hidden reference.
         shown = [i for i in range(keys[0], len(self._packets)) if self._is_shown(i)]
         stamps = [self._packets[i].pts for i in shown]
@@ -100,6 +102,11 @@ class Video:
 
     def __len__(self) -> int:
         return len(self._shown)
+
+    def longest_gap(self) -> int:
+        """Packets from one frame where decoding may start to the next, or the end, at most."""
+        ends = [0, *self._restarts, len(self._packets)]
+        return max(end - start for start, end in itertools.pairwise(ends))
 
     def decode(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         """Frames ``indices`` (any order, repeats allowed) as RGB, (T, H, W, 3), rotated as displayed.
@@ -138,7 +145,7 @@ class Video:
         """Decodes the first frame: only it tells the rotation, and that there is anything to decode."""
         first = self._frames({0})[0]
         seconds = self._seconds()
-        rotation = _rotation(first)
+        rotation = rotation_of(first)
         turned = rotation in (90, 270)
         return MediaFacts(
             codec=self.codec,
@@ -182,32 +189,57 @@ class Video:
         return self._decode_from_start(wanted)
 
     def _plan(self, wanted: Iterable[int]) -> list[int]:
-        """Packets, in decoding order, that show frames ``wanted``."""
+        """Packets, in decoding order, that show frames ``wanted``: for each, from the restart before it on."""
         needed = {self._shown[i] for i in wanted}
-        first = max((i for i in self._restarts if i <= min(needed)), default=0)
-        span = range(first, max(needed) + 1)
-        top_layer = max(self._pictures[i].layer for i in span)
-        return [
-            i for i in span if i in needed or not self._pictures[i].unreferenced or self._pictures[i].layer < top_layer
-        ]
+        ends: dict[int, int] = {}  # packet where decoding begins -> the last one needed after it
+        for packet in sorted(needed):
+            restarts = bisect_right(self._restarts, packet)
+            ends[self._restarts[restarts - 1] if restarts else 0] = packet
+        plan: list[int] = []
+        for first, last in ends.items():
+            pictures = {i: self._picture(i) for i in range(first, last + 1)}
+            top_layer = max(picture.layer for picture in pictures.values())
+            plan += [
+                i
+                for i, picture in pictures.items()
+                if i in needed or not picture.unreferenced or picture.layer < top_layer
+            ]
+        return plan
 
     def _decode_from_start(self, wanted: set[int]) -> dict[int, av.VideoFrame]:
         """Counts frames as they come, without trust in time stamps, after a thorough (slower) opening."""
-        stream = _open(self.media, quick=False)
         found = {}
-        try:
-            for index, frame in enumerate(_decode(stream, _demux(stream))):
-                if index in wanted:
-                    found[index] = frame
-                if len(found) == len(wanted):
-                    return found
-        except av.FFmpegError as error:
-            raise MediaError("decode", f"{error.strerror} after {len(found)} of {len(wanted)} wanted frames") from error
+        for index, frame in enumerate(all_frames(self.media)):
+            if index in wanted:
+                found[index] = frame
+            if len(found) == len(wanted):
+                return found
         missing = sorted(wanted - set(found))
         raise MediaError("decode", f"frame {missing[0]} of {len(self)} does not come out of the decoder")
 
+    def _picture(self, packet: int) -> Picture:
+        if packet not in self._pictures:
+            data = memoryview(self._packets[packet])
+            self._pictures[packet] = read_picture(self.codec, data, self._length_size)
+        return self._pictures[packet]
+
     def _is_shown(self, packet: int) -> bool:
-        return self._pictures[packet].shown and not self._packets[packet].is_discard
+        hidden = self.codec in HIDING_CODECS and not self._picture(packet).shown
+        return not hidden and not self._packets[packet].is_discard
+
+
+def all_frames(media: bytes) -> Iterator[av.VideoFrame]:
+    """Every frame of a clip in presentation order, as the decoder gives them. Raises ``MediaError`` where it stops."""
+    stream = _open(media, quick=False)
+    packets = _demux(stream)
+    frames = 0
+    try:
+        for frame in _decode(stream, packets):
+            frame.time_base = frame.time_base or packets[0].time_base  # not set on the last frames
+            yield frame
+            frames += 1
+    except av.FFmpegError as error:
+        raise MediaError("decode", f"{error.strerror} after {frames} of {len(packets)} frames") from error
 
 
 def probe(media: bytes, suffix: str) -> MediaFacts:
@@ -323,11 +355,11 @@ def _remux(stream: VideoStream, packets: Sequence[av.Packet], ranks: Sequence[in
     return buffer.getvalue()
 
 
-def _rotation(frame: av.VideoFrame) -> int:
-    """Degrees counter-clockwise, in right angles."""
+def rotation_of(frame: av.VideoFrame) -> int:
+    """Degrees counter-clockwise, in right angles, that turn the frame upright."""
     return round(frame.rotation / 90) * 90 % 360
 
 
 def _to_rgb(frame: av.VideoFrame) -> NDArray[np.uint8]:
     rgb = frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU601, interpolation=_AS_DALI, threads=1)
-    return np.rot90(rgb.to_ndarray(), _rotation(frame) // 90)
+    return np.rot90(rgb.to_ndarray(), rotation_of(frame) // 90)
