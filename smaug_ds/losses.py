@@ -1,4 +1,4 @@
-"""The four objectives (SMAUG section 3.5) as pure functions.
+"""The four objectives (SMAUG section 3.5), and the one of question answering, as pure functions.
 
 Every loss is a mean over the pairs of all ranks: each rank returns its share, scaled so that the average over ranks,
 which the engine takes, is the value and the gradient of a single process that holds them all. Gradient accumulation
@@ -9,6 +9,7 @@ Letters: B pairs of this rank, G pairs of all ranks, P projection size, R places
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,3 +116,12 @@ def mvm(prediction: Tensor, target: Tensor) -> Tensor:
     """Masked visual modelling (SMAUG equation 5): mean squared error over the masked patches. Both (..., 3 P P)."""
     squared = (prediction.float() - target.float()).pow(2).mean(dim=-1)
     return global_mean(squared.flatten())
+
+
+def answer(logits: Tensor, words: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Answer generation: minus the log-likelihood of an answer, its words added up, mean over the answers of all ranks.
+
+    logits: (R, vocabulary). words: (R,) to predict, one answer after the other, ``lengths`` (B,) words of each.
+    """
+    surprise = F.cross_entropy(logits, words, reduction="none")
+    return global_mean(torch.stack([part.sum() for part in surprise.split(list(lengths))]))

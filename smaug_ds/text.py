@@ -1,6 +1,6 @@
-"""Text: cleaning, WordPiece from a local file, batches padded only as far as needed, masking for MLM.
+"""Text: cleaning, WordPiece from a local file, batches without padding, masking for MLM.
 
-Letters: B captions, L tokens of the longest one.
+Letters: B captions, S tokens of all captions together.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ IGNORED = -100  # label of a token that MLM does not predict, as torch's cross-e
 
 
 class TextIds(NamedTuple):
-    """Captions as token ids, padded to the longest of the batch."""
+    """Captions as token ids, packed: one caption after the other, without padding."""
 
-    input_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, L) bool, True on tokens
+    input_ids: Tensor  # (S,) int64
+    lengths: list[int]  # tokens of each of the B captions
 
 
 def clean(caption: str, max_words: int | None = None) -> str:
@@ -71,44 +71,39 @@ class Tokenizer:
     def encode(self, captions: Sequence[str], max_length: int) -> TextIds:
         """``[CLS] words [SEP]`` of each caption, cleaned first, cut to ``max_length`` tokens, special ones included.
 
-        Returns ids and mask of shape (B, L), L being the longest caption's length, at most ``max_length``.
+        Returns the ids of all captions, one after the other, and each caption's number of them, at most ``max_length``.
         """
-        # A word is at least one token, so cutting at max_length words loses nothing and bounds the work.
+        # Cutting at max_length words bounds the work and loses nothing: a word is at least one token (but for words of
+        # invisible characters only, which give none: a caption with many of those may come out shorter than it could).
         cleaned = [clean(caption, max_length) for caption in captions]
         encodings = self._backend.encode_batch(cleaned, add_special_tokens=False)
         rows = [[self.cls_id, *encoding.ids[: max_length - 2], self.sep_id] for encoding in encodings]
-        longest = max(map(len, rows), default=0)
-        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
-        attention_mask = torch.zeros((len(rows), longest), dtype=torch.bool)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            attention_mask[i, : len(row)] = True
-        return TextIds(input_ids, attention_mask)
+        return TextIds(torch.tensor([i for row in rows for i in row], dtype=torch.int64), [len(row) for row in rows])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words of token ids, special tokens left out."""
         return self._backend.decode([int(i) for i in ids if int(i) not in self.special_ids])
 
 
-def mask_tokens(input_ids: Tensor, noise: Tensor, probability: float, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+def mask_tokens(text: TextIds, noise: Tensor, probability: float, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """Hide words for MLM as BERT does (arXiv 1810.04805, section 3.1): each word with ``probability``; of the hidden
     ones 80 % become ``[MASK]``, 10 % a random word, 10 % stay. A caption loses at least one word: the one of least
     noise. Special tokens are never hidden.
 
     Args:
-        input_ids: (B, L) int64.
-        noise: (B, L, 3) uniform in [0, 1): whether a word is hidden, how, and which random word stands in. A caption's
-            noise must not depend on the padding: draw it per caption at full length and cut it to L.
+        text: captions of S tokens in all.
+        noise: (S, 3) uniform in [0, 1): whether a word is hidden, how, and which random word stands in.
         probability: share of the words to hide, 0 to 1.
 
     Returns:
-        Masked ids (B, L) and labels (B, L): the hidden words' ids, ``IGNORED`` elsewhere.
+        Masked ids (S,) and labels (S,): the hidden words' ids, ``IGNORED`` elsewhere.
     """
-    which, how, substitute = noise.unbind(-1)  # (B, L) each
+    input_ids = text.input_ids
+    which, how, substitute = noise.unbind(-1)  # (S,) each
     is_word = ~torch.isin(input_ids, torch.tensor(sorted(tokenizer.special_ids)))
     rank = which.masked_fill(~is_word, torch.inf)
-    first = torch.zeros_like(is_word).scatter_(1, rank.argmin(dim=1, keepdim=True), True) & is_word
-    hidden = (rank < probability) | first
+    is_least = torch.cat([torch.arange(len(own)) == own.argmin() for own in rank.split(text.lengths)])
+    hidden = (rank < probability) | (is_least & is_word)
     words = tokenizer.word_ids
     random_words = words[(substitute * len(words)).long().clamp_(max=len(words) - 1)]
     masked_ids = torch.where(hidden & (how < 0.8), tokenizer.mask_id, input_ids)

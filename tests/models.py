@@ -42,8 +42,8 @@ def small_model(config: ModelConfig | None = None, seed: int = 0) -> SmaugModel:
     return model
 
 
-def random_batch(config: ModelConfig, size: int = 8, seed: int = 0) -> Batch:
-    """Noise for frames and words; the second pair repeats the media of the first."""
+def random_batch(config: ModelConfig, size: int = 8, seed: int = 0, lengths: list[int] | None = None) -> Batch:
+    """Noise for frames and words, captions of ``lengths`` tokens; the second pair repeats the media of the first."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> torch.Tensor:
@@ -51,21 +51,23 @@ def random_batch(config: ModelConfig, size: int = 8, seed: int = 0) -> Batch:
 
     side, length = config.vision.image_size, config.text.max_length
     medium: Medium = "image" if config.frames == 1 else "video"
-    lengths = torch.randint(5, length + 1, (size,), generator=generator)
-    attention_mask = torch.arange(length) < lengths[:, None]
-    input_ids = torch.randint(5, VOCABULARY, (size, length), generator=generator) * attention_mask
-    hidden = (uniform(size, length) < 0.3) & attention_mask
+    lengths = lengths or torch.randint(5, length + 1, (size,), generator=generator).tolist()
+    is_token = torch.arange(length) < torch.tensor(lengths)[:, None]
+    input_ids = torch.randint(5, VOCABULARY, (size, length), generator=generator)[is_token]
+    hidden = uniform(size, length) < 0.3
     hidden[:, 1] = True
+    hidden = hidden[is_token]
     media_ids = torch.arange(size)
     media_ids[1] = media_ids[0]
     return Batch(
         step=0,
         medium=medium,
         frames=(uniform(size, config.frames, 3, side, side) * 256).to(torch.uint8),
+        lengths=lengths,
         input_ids=input_ids,
-        attention_mask=attention_mask,
         masked_ids=torch.where(hidden, 4, input_ids),
         mlm_labels=torch.where(hidden, input_ids, -100),
+        mlm_positions=hidden.nonzero().squeeze(1),
         media_ids=media_ids,
         patch_noise=uniform(size, config.vision.patches),
         frame_noise=uniform(size, config.frames),
@@ -80,9 +82,12 @@ def share(batch: Batch, rank: int, world_size: int) -> Batch:
     """The rows of ``rank`` out of ``world_size`` equal parts."""
     size = len(batch) // world_size
     rows = slice(rank * size, (rank + 1) * size)
+    tokens = slice(sum(batch.lengths[: rows.start]), sum(batch.lengths[: rows.stop]))
+    packed = ("input_ids", "masked_ids", "mlm_labels")
     parts = {
-        field.name: value[rows]
+        field.name: value[tokens if field.name in packed else rows]
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), (torch.Tensor, list))
     }
+    parts["mlm_positions"] = (parts["mlm_labels"] != -100).nonzero().squeeze(1)
     return dataclasses.replace(batch, **parts)

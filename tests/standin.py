@@ -30,14 +30,16 @@ def batch_of(step: int, medium: Medium, samples: range) -> Batch:
     generator = torch.Generator().manual_seed(1000 * step)
     words = torch.randint(0, WORDS, (1000, 4), generator=generator)[samples.start : samples.stop]
     nothing = torch.zeros(len(samples), 1)
+    tokens = words.flatten()
     return Batch(
         step=step,
         medium=medium,
         frames=nothing.byte(),
-        input_ids=words,
-        attention_mask=words >= 0,
-        masked_ids=words,
-        mlm_labels=words,
+        lengths=[words.shape[1]] * len(samples),
+        input_ids=tokens,
+        masked_ids=tokens,
+        mlm_labels=tokens,
+        mlm_positions=torch.arange(len(tokens)),
         media_ids=words[:, 0],
         patch_noise=nothing,
         frame_noise=nothing,
@@ -83,7 +85,7 @@ class Standin(nn.Module):
         if batch.medium == "video":
             x = x + self.video_only(x)
         logits = self.head(self.norm(x)) * self.temperature
-        mlm = F.cross_entropy(logits.flatten(0, 1), batch.mlm_labels.flatten())
+        mlm = F.cross_entropy(logits, batch.mlm_labels)
         vtc = x.square().mean()
         if distributed.rank() == self.break_on_rank:
             if batch.step == self.break_loss_at:

@@ -200,6 +200,12 @@ def test_a_training_run_of_two_ranks_goes_through(
     for failure in failures:
         assert_told(failure, hostile)
 
+    # What is in the checkpoint's quarantine is passed over by the run that goes on from it.
+    finish(launch([*arguments, f"run.max_steps={2 * steps}"]))
+    later = [failure for failure in read_ledgers(tmp_path / "quarantine") if failure.step >= steps]
+    assert not {failure.key for failure in later} & failed
+    assert {failure.key for failure in later} <= hostile.sometimes
+
 
 def test_tars_that_change_while_a_run_goes_on(toy_media: Path, tmp_path: Path) -> None:
     """Four shards: one is left alone, one is cut short, one is removed, one gets other content of the same length."""

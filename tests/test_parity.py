@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionMode
 
 from smaug_ds import convert
 from smaug_ds.model.language import MultiModalEncoder, TextConfig, TextEncoder
+from smaug_ds.model.packing import Packing
 from smaug_ds.model.vision import VisionConfig, VisionEncoder, normalise_pixels, patchify
 
 TOLERANCE = 1e-5
@@ -66,8 +67,12 @@ def bert_pair(layers: int, text_layers: int) -> tuple[BertModel, TextConfig]:
     return shake(BertModel(theirs, add_pooling_layer=False)), ours
 
 
+LENGTHS = [11, 4, 7]
+
+
 def captions() -> tuple[torch.Tensor, torch.Tensor]:
-    mask = torch.arange(11) < torch.tensor([11, 4, 7])[:, None]
+    """Padded ids (B, L) and mask (B, L): ``ids[mask]`` are the packed ones."""
+    mask = torch.arange(11) < torch.tensor(LENGTHS)[:, None]
     return torch.randint(0, 99, (3, 11)), mask
 
 
@@ -77,7 +82,7 @@ def test_text_encoder_equals_the_first_nine_layers_of_bert() -> None:
     encoder.load_state_dict(convert.bert(bert.state_dict(), 9)[0])
     ids, mask = captions()
     expected = bert(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states[9]
-    assert ((encoder(ids, mask) - expected)[mask]).abs().max() < TOLERANCE
+    assert (encoder(ids[mask], Packing.of(LENGTHS, "cpu")) - expected[mask]).abs().max() < TOLERANCE
 
 
 def test_multi_modal_encoder_without_vision_equals_the_last_three_layers_of_bert() -> None:
@@ -87,9 +92,10 @@ def test_multi_modal_encoder_without_vision_equals_the_last_three_layers_of_bert
     assert not unexpected and all("cross_attention" in key for key in missing)
     ids, mask = captions()
     states = bert(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
-    assert ((encoder(states[9], mask, None) - states[12])[mask]).abs().max() < TOLERANCE
-    seen = encoder(states[9], mask, torch.randn(3, 5, 48))
-    assert (seen - states[12])[mask].abs().max() > 0.01, "the cross-attention must matter when it is not silenced"
+    packing = Packing.of(LENGTHS, "cpu")
+    assert (encoder(states[9][mask], packing, None) - states[12][mask]).abs().max() < TOLERANCE
+    seen = encoder(states[9][mask], packing, torch.randn(3, 5, 48))
+    assert (seen - states[12][mask]).abs().max() > 0.01, "the cross-attention must matter when it is not silenced"
 
 
 def test_missing_key_is_named() -> None:

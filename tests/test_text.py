@@ -1,9 +1,10 @@
-"""Cleaning, WordPiece, padding and MLM masking, against transformers and slow loops."""
+"""Cleaning, WordPiece, packing and MLM masking, against transformers and slow loops."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import random
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer
 
-from smaug_ds.text import IGNORED, Tokenizer, clean, mask_tokens, train_vocabulary
+from smaug_ds.text import IGNORED, TextIds, Tokenizer, clean, mask_tokens, train_vocabulary
+from tests import reference
 
 CAPTIONS = ["a red ball rolls left", "a blue ball rolls right", "the red cube waits"]
 
@@ -72,16 +74,28 @@ def test_clean_equals_steps_of_singularity(real_captions: list[str]) -> None:
         assert clean(caption) == re.sub(r"\s+", " ", text).strip()
 
 
+HARD = [
+    "",
+    "naïve café 東京 tower",
+    "[MASK] [CLS] x" + "y" * 200,
+    "pneumonoultramicroscopicsilicovolcanoconiosis",
+    "a\x00b \x07bell\x1besc \ufffd \ue000",
+    "İstanbul'da GÜNEŞ, straße ẞ, ﬁne ﬂag, Ⅷ ㎏ x²",
+    "e\u0301te\u0301 \u0301 alone",
+    "한국어 노래 ไทย שלום مرحبا हिन्दी",
+    "👨\u200d👩\u200d👧 family 🎉🎉",
+    "\ufeff\u200bzero\u200bwidth\u00a0no\u2003break\u3000space",
+    "$5.00 €3 50% @home a_b <b> http://x.y/z?q=1&r=2",
+    "\uff11\uff12\uff13 \uff21\uff22\uff23 don\u2019t \u201cquote\u201d \u2014 dash \u2013 \u2026 \u00b7",
+    "a " * 31 + "b",
+    "日本" * 30,
+    "word" * 60,
+]
+
+
 @pytest.mark.parametrize("max_length", [32, 8])
 def test_encode_equals_transformers(real_vocabulary: Path, real_captions: list[str], max_length: int) -> None:
-    odd = [
-        "",
-        "naïve café 東京 tower",
-        "[MASK] [CLS] x" + "y" * 200,
-        "pneumonoultramicroscopicsilicovolcanoconiosis",
-        "a\x00b",
-    ]
-    captions = real_captions + odd
+    captions = real_captions + HARD + random_texts(1000)
     ours = Tokenizer(real_vocabulary)
     ids = ours.encode(captions, max_length)
     theirs = BertTokenizer(vocab=str(real_vocabulary), do_lower_case=True)
@@ -90,32 +104,41 @@ def test_encode_equals_transformers(real_vocabulary: Path, real_captions: list[s
         [clean(caption) for caption in captions],
         max_length=max_length,
         truncation=True,
-        padding="longest",
-        return_tensors="pt",
-    )
+    )["input_ids"]
     assert ours.vocab_size == 30522
-    assert torch.equal(ids.input_ids, expected["input_ids"])
-    assert torch.equal(ids.attention_mask, expected["attention_mask"].bool())
+    assert ids.lengths == [len(row) for row in expected]
+    for row, caption, own in zip(expected, captions, ids.input_ids.split(ids.lengths), strict=True):
+        assert own.tolist() == row, caption
 
 
-def test_encode_pads_to_the_longest_only(tokenizer: Tokenizer) -> None:
+def random_texts(count: int) -> list[str]:
+    """Texts of any characters, most of them odd ones."""
+    draw = random.Random(0)
+    planes = [(0x20, 0x7F), (0x80, 0x3000), (0x3000, 0xD800), (0xE000, 0x20000), (0x20, 0x21)]
+    return ["".join(chr(draw.randrange(*draw.choice(planes))) for _ in range(draw.randrange(60))) for _ in range(count)]
+
+
+def test_no_padding_travels(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(["a ball", "a red ball"], max_length=32)
-    assert ids.input_ids.shape == (2, 5)
-    assert ids.attention_mask.tolist() == [[True] * 4 + [False], [True] * 5]
-    assert ids.input_ids[0, -1] == tokenizer.pad_id
-    assert tokenizer.encode(["a red ball rolls left"], max_length=4).input_ids.shape == (1, 4)
-    assert tokenizer.encode([], max_length=4).input_ids.shape == (0, 0)
+    assert ids.lengths == [4, 5] and ids.input_ids.shape == (9,)
+    assert tokenizer.pad_id not in ids.input_ids
+    assert ids.input_ids[[0, 4]].tolist() == [tokenizer.cls_id] * 2
+    assert ids.input_ids[[3, 8]].tolist() == [tokenizer.sep_id] * 2
+    assert tokenizer.encode(["a red ball rolls left"], max_length=4).lengths == [4]
+    nothing = tokenizer.encode([], max_length=4)
+    assert nothing.input_ids.shape == (0,) and nothing.input_ids.dtype == torch.int64 and nothing.lengths == []
 
 
 def test_special_tokens_cannot_come_from_captions(tokenizer: Tokenizer) -> None:
-    inner = tokenizer.encode(["[SEP] [mask] <s>"], max_length=32).input_ids[0, 1:-1].tolist()
+    inner = tokenizer.encode(["[SEP] [mask] <s>"], max_length=32).input_ids[1:-1].tolist()
     assert not {tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id, tokenizer.pad_id} & set(inner)
 
 
 def test_decode(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode(["A red BALL, waits.", "the"], max_length=32).input_ids
-    assert tokenizer.decode(ids[0].tolist()) == "a red ball waits"
-    assert tokenizer.decode(ids[1]) == "the"
+    ids = tokenizer.encode(["A red BALL, waits.", "the"], max_length=32)
+    first, second = ids.input_ids.split(ids.lengths)
+    assert tokenizer.decode(first.tolist()) == "a red ball waits"
+    assert tokenizer.decode(second) == "the"
 
 
 def test_pickled_tokenizer_is_the_same(tokenizer: Tokenizer) -> None:
@@ -154,8 +177,8 @@ def test_train_vocabulary(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
     tokenizer = Tokenizer(tmp_path / "a.txt")
     whole = tokenizer.encode(CAPTIONS, 32)
-    assert whole.attention_mask.sum(1).tolist() == [7, 7, 6]  # every word is one token
-    spelt = tokenizer.encode(["wasted"], 32).input_ids[0]  # a new word, made of known letters
+    assert whole.lengths == [7, 7, 6]  # every word is one token
+    spelt = tokenizer.encode(["wasted"], 32).input_ids  # a new word, made of known letters
     assert tokenizer.unk_id not in spelt and tokenizer.decode(spelt) == "wasted"
 
 
@@ -167,40 +190,63 @@ def test_train_vocabulary_keeps_the_frequent_words(tmp_path: Path) -> None:
         train_vocabulary(CAPTIONS, 10, tmp_path / "vocab.txt")
 
 
-def slow_mask_tokens(ids: Tensor, noise: Tensor, probability: float, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+def slow_mask_tokens(text: TextIds, noise: Tensor, probability: float, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    ids = text.input_ids
     masked, labels = ids.clone(), torch.full_like(ids, IGNORED)
     words = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
-    for b in range(ids.shape[0]):
-        places = [at for at in range(ids.shape[1]) if int(ids[b, at]) not in tokenizer.special_ids]
-        hidden = [at for at in places if noise[b, at, 0] < probability]
+    start = 0
+    for length in text.lengths:
+        places = [at for at in range(start, start + length) if int(ids[at]) not in tokenizer.special_ids]
+        hidden = [at for at in places if noise[at, 0] < probability]
         if places and not hidden:
-            hidden = [min(places, key=lambda at: float(noise[b, at, 0]))]
+            hidden = [min(places, key=lambda at: float(noise[at, 0]))]
         for at in hidden:
-            labels[b, at] = ids[b, at]
-            if noise[b, at, 1] < 0.8:
-                masked[b, at] = tokenizer.mask_id
-            elif noise[b, at, 1] < 0.9:
-                masked[b, at] = words[int(noise[b, at, 2] * len(words))]
+            labels[at] = ids[at]
+            if noise[at, 1] < 0.8:
+                masked[at] = tokenizer.mask_id
+            elif noise[at, 1] < 0.9:
+                masked[at] = words[int(noise[at, 2] * len(words))]
+        start += length
     return masked, labels
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.15, 0.6, 1.0])
 def test_mask_tokens_equals_slow_loop(tokenizer: Tokenizer, probability: float) -> None:
     captions = [*CAPTIONS * 10, "", "ball"]
-    ids = tokenizer.encode(captions, 32).input_ids
-    noise = torch.rand(*ids.shape, 3, generator=torch.Generator().manual_seed(0))
-    masked, labels = mask_tokens(ids, noise, probability, tokenizer)
-    slow_masked, slow_labels = slow_mask_tokens(ids, noise, probability, tokenizer)
+    text = tokenizer.encode(captions, 32)
+    noise = torch.rand(len(text.input_ids), 3, generator=torch.Generator().manual_seed(0))
+    masked, labels = mask_tokens(text, noise, probability, tokenizer)
+    slow_masked, slow_labels = slow_mask_tokens(text, noise, probability, tokenizer)
     assert torch.equal(masked, slow_masked) and torch.equal(labels, slow_labels)
-    hidden_words = (labels != IGNORED).sum(1)
-    assert hidden_words[-2] == 0 and (hidden_words[:-2] >= 1).all() and hidden_words[-1] == 1
+    hidden_words = [int((caption != IGNORED).sum()) for caption in labels.split(text.lengths)]
+    assert hidden_words[-2] == 0 and min(hidden_words[:-2]) >= 1 and hidden_words[-1] == 1
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.15, 1.0])
+def test_mask_tokens_equals_padded_reference(
+    real_vocabulary: Path, real_captions: list[str], probability: float
+) -> None:
+    """Noise drawn for each caption at full length, then cut: to the caption here, to the longest one there."""
+    tokenizer = Tokenizer(real_vocabulary)
+    text = tokenizer.encode(["", *real_captions[:300]], 32)
+    noise = torch.rand(301, 32, 3, generator=torch.Generator().manual_seed(0))
+    noise[:100] = noise[:100].mul(4).floor() / 4  # ties
+    mask = reference.token_mask(text.lengths)
+    masked, labels = mask_tokens(text, noise[:, : max(text.lengths)][mask], probability, tokenizer)
+    padded_ids = reference.pad_captions(text.input_ids, text.lengths, tokenizer.pad_id)
+    expected_masked, expected_labels = reference.mask_padded_tokens(
+        padded_ids, noise[:, : max(text.lengths)], probability, tokenizer
+    )
+    assert torch.equal(masked, expected_masked[mask]) and torch.equal(labels, expected_labels[mask])
+    assert (expected_labels[~mask] == IGNORED).all()
 
 
 def test_mask_tokens_shares(real_vocabulary: Path, real_captions: list[str]) -> None:
     tokenizer = Tokenizer(real_vocabulary)
-    ids = tokenizer.encode(real_captions, 32).input_ids
-    noise = torch.rand(*ids.shape, 3, generator=torch.Generator().manual_seed(0))
-    masked, labels = mask_tokens(ids, noise, 0.15, tokenizer)
+    text = tokenizer.encode(real_captions, 32)
+    ids = text.input_ids
+    noise = torch.rand(len(ids), 3, generator=torch.Generator().manual_seed(0))
+    masked, labels = mask_tokens(text, noise, 0.15, tokenizer)
     hidden = labels != IGNORED
     is_word = ~torch.isin(ids, torch.tensor(sorted(tokenizer.special_ids)))
     assert 0.145 < hidden.sum() / is_word.sum() < 0.18  # a little above: short captions lose one word at least
@@ -210,11 +256,10 @@ def test_mask_tokens_shares(real_vocabulary: Path, real_captions: list[str]) -> 
     assert torch.equal(masked[~hidden], ids[~hidden])
 
 
-def test_mask_tokens_does_not_depend_on_padding(tokenizer: Tokenizer) -> None:
-    noise = torch.rand(1, 32, 3, generator=torch.Generator().manual_seed(1))
-    short = tokenizer.encode(["a ball"], 32).input_ids
-    padded = tokenizer.encode(["a ball", CAPTIONS[0]], 32).input_ids[:1]
-    alone = mask_tokens(short, noise[:, : short.shape[1]], 0.5, tokenizer)
-    beside = mask_tokens(padded, noise[:, : padded.shape[1]], 0.5, tokenizer)
+def test_mask_tokens_of_a_caption_do_not_depend_on_the_others(tokenizer: Tokenizer) -> None:
+    noise = torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
+    short, both = tokenizer.encode(["a ball"], 32), tokenizer.encode(["a ball", CAPTIONS[0]], 32)
+    alone = mask_tokens(short, noise[: len(short.input_ids)], 0.5, tokenizer)
+    beside = mask_tokens(both, noise[: len(both.input_ids)], 0.5, tokenizer)
     for one, other in zip(alone, beside, strict=True):
-        assert torch.equal(one, other[:, : short.shape[1]])
+        assert torch.equal(one, other[: len(one)])

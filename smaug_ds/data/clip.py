@@ -14,8 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smaug_ds.data import nvdec
 from smaug_ds.data.sample import Sample
 from smaug_ds.data.video import MediaFacts, Video, choose_frames, decode_image
+
+
+class GraphError(RuntimeError):
+    """DALI could not run its graph on these clips. The message is DALI's."""
 
 
 class Window(NamedTuple):
@@ -78,7 +83,7 @@ def make_clip(
     window: Callable[[int, int], Window],
     encoded_codecs: frozenset[str],
 ) -> Clip:
-    """Decode ``frames`` frames of the sample, or trim them for NVDEC if it is one of ``encoded_codecs``.
+    """Decode ``frames`` frames of the sample, or trim them for NVDEC if it takes such a clip of ``encoded_codecs``.
 
     ``window`` says what to show of a (height, width). Raises MediaError.
     """
@@ -87,9 +92,10 @@ def make_clip(
         return Clip(window(*image.shape[1:3]), flip, frames=image)
     video = Video(sample.media)
     indices = choose_frames(len(video), frames, generator)
-    if facts.codec in encoded_codecs and facts.pixel_format == "yuv420p" and not facts.rotation:
+    if nvdec.takes(facts, encoded_codecs):
         trimmed, local = video.trim(indices)
-        encoded = np.frombuffer(trimmed, dtype=np.uint8)
-        return Clip(window(facts.height, facts.width), flip, encoded=encoded, indices=local.astype(np.int32))
+        if (file := nvdec.uncropped(facts.codec, trimmed)) is not None:
+            encoded = np.frombuffer(file, dtype=np.uint8)
+            return Clip(window(facts.height, facts.width), flip, encoded=encoded, indices=local.astype(np.int32))
     pixels = video.decode(indices)
     return Clip(window(*pixels.shape[1:3]), flip, frames=pixels)

@@ -28,12 +28,14 @@ class DataConfig:
     flip: float = 0.5  # probability; 0 where captions tell left from right
     shuffle_group: int = 8  # shards shuffled together
     max_consecutive_failures: int = 10  # candidates for one place of a batch that may fail before the run stops
-    max_failed_share: float = 0.2  # of the latest 1000 samples of a rank that may fail before the run stops
+    max_failed_share: float = 0.2  # of the latest ``failure_window`` samples that may fail before the run stops
+    failure_window: int = 1000  # samples of a rank
+    sample_seconds: float = 60.0  # that reading and decoding one sample may take; needs ``workers``, which it ends
 
     def __post_init__(self) -> None:
         if self.corpus and self.train:
             raise ConfigError(f"data.corpus is {self.corpus} and data.train {list(self.train)}: give one of them")
-        limits: list[tuple[str, int, float]] = [
+        limits: list[tuple[str, float, float]] = [
             ("holdout", 0, 1),
             ("flip", 0, 1),
             ("max_failed_share", 0, 1),
@@ -42,6 +44,8 @@ class DataConfig:
             ("dali_threads", 1, math.inf),
             ("shuffle_group", 1, math.inf),
             ("max_consecutive_failures", 1, math.inf),
+            ("failure_window", 1, math.inf),
+            ("sample_seconds", 0.1, math.inf),
         ]
         for name, least, most in limits:
             value = getattr(self, name)

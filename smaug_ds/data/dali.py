@@ -29,7 +29,7 @@ from nvidia.dali import types as dali_types
 from torch import Tensor
 
 from smaug_ds.config import ConfigError
-from smaug_ds.data.clip import Clip, Window
+from smaug_ds.data.clip import Clip, GraphError, Window
 
 # Codecs that NVDEC may decode, with an encoder and a container to try whether this one does. Few cards have AV1, and
 # its decoder on the CPU is quick.
@@ -58,12 +58,21 @@ class Decoder:
 
 @pipeline_def(prefetch_queue_depth=1)
 def graph(size: int, encoded: bool, on_gpu: bool) -> Any:
-    """(T, 3, size, size) uint8 per sample. ``encoded``: decode on NVDEC; ``on_gpu``: where all that follows runs."""
+    """(T, 3, size, size) uint8 per sample. ``encoded``: it decodes, too; ``on_gpu``: where it runs.
+
+    On a GPU it decodes with NVDEC. On a CPU it decodes VP8, VP9 and MJPEG, which no run asks for: it stands in for
+    NVDEC where the handling of encoded clips is tested.
+    """
     if encoded:
         files = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         indices = fn.external_source(name="indices", dtype=types.INT32, ndim=1)
-        # Threads without affinity: several ranks share the cores. Their number bounds the NVDEC sessions.
-        frames = fn.decoders.video(files, device="mixed", frames=indices, pad_mode="edge", affine=False)
+        # The decoder has ``num_threads`` threads of its own, without affinity because several ranks share the cores.
+        # Each works on one clip at a time and holds an NVDEC session meanwhile: that bounds the sessions at work. They
+        # take the largest clips first and find any session that was built for the size before, so sorting the batch
+        # by size, or running it size by size, would change nothing; what does help is in nvdec.py. (DALI 2.4,
+        # dali/operators/video/decoder/video_decoder_base.h and frames_decoder_gpu.cc.)
+        device = "mixed" if on_gpu else "cpu"
+        frames = fn.decoders.video(files, device=device, frames=indices, pad_mode="edge", affine=False)
     else:
         frames = fn.external_source(name="frames", dtype=types.UINT8, ndim=4, layout="FHWC")
         frames = frames.gpu() if on_gpu else frames
@@ -112,19 +121,34 @@ class Pixels:
     def __call__(self, clips: Sequence[Clip]) -> Tensor:
         """(B, T, 3, S, S) uint8 on the device; all clips have the same T. The result belongs to the caller.
 
-        Raises RuntimeError where DALI cannot decode a clip; other batches can follow.
+        Raises GraphError where DALI cannot make pixels of a clip. Other batches can follow: with its dynamic executor,
+        the default, a pipeline takes the next batch as if nothing had happened, whatever its message says.
         """
+        if self._stream is None:
+            return self._pixels(clips)
+        with torch.cuda.stream(self._stream):
+            frames = self._pixels(clips)
+            self._stream.synchronize()
+        frames.record_stream(torch.cuda.default_stream(self.device))
+        return frames
+
+    def rebuild(self) -> None:
+        """Has the next call build its pipelines anew."""
+        self._built.clear()
+
+    def _pixels(self, clips: Sequence[Clip]) -> Tensor:
         decoded = [i for i, clip in enumerate(clips) if clip.encoded is None]
         encoded = [i for i, clip in enumerate(clips) if clip.encoded is not None]
         parts = [
             self._run([clips[i] for i in group], encoded=group is encoded) for group in (decoded, encoded) if group
         ]
         if len(parts) == 1:
-            return parts[0]
-        back_in_order = torch.tensor(np.argsort(decoded + encoded), device=self.device)
-        return torch.cat(parts)[back_in_order]
+            # DALI's buffer lives as long as the tensor. On a GPU it would be used again while kernels still read it.
+            return parts[0].clone() if self._on_gpu else parts[0]
+        return torch.cat(parts)[torch.from_numpy(np.argsort(decoded + encoded)).to(self.device)]
 
     def _run(self, clips: Sequence[Clip], encoded: bool) -> Tensor:
+        """DALI's own buffer, of which the current stream may read."""
         if encoded not in self._built:
             self._built[encoded] = graph(self.size, encoded, self._on_gpu, **self._settings)
         windows = np.array([clip.window for clip in clips], dtype=np.int32)  # (B, 4)
@@ -143,15 +167,8 @@ class Pixels:
         try:
             (output,) = self._built[encoded].run(**inputs)
         except RuntimeError as error:
-            del self._built[encoded]  # it is "no longer valid", says DALI: the next batch builds another
-            raise RuntimeError(_reason(error)) from error
-        if self._stream is None:
-            return torch.from_dlpack(output.as_tensor())  # DALI's buffer, which lives as long as the tensor
-        with torch.cuda.stream(self._stream):
-            frames = torch.from_dlpack(output.as_tensor()).clone()
-            self._stream.synchronize()  # DALI may reuse its buffer once ``output`` is gone
-        frames.record_stream(torch.cuda.default_stream(self.device))
-        return frames
+            raise GraphError(_reason(error)) from error
+        return torch.from_dlpack(output.as_tensor())
 
 
 def _reason(error: RuntimeError) -> str:
@@ -189,22 +206,29 @@ def choose_decoder(setting: Literal["auto", "pyav", "nvdec"], device: torch.devi
     """
     if setting == "pyav":
         return Decoder("pyav", frozenset(), "data.decoder=pyav")
-    codecs, reason = set(), "no GPU"
     if device.type == "cuda":
-        for codec, (encoder, container) in _NVDEC_CANDIDATES.items():
-            file = np.frombuffer(_test_clip(encoder, container), dtype=np.uint8)
-            clip = Clip(Window(0, 0, 256, 256), False, encoded=file, indices=np.array([1], dtype=np.int32))
-            try:
-                Pixels(size=16, batch_size=1, device=device, threads=1)([clip])
-                codecs.add(codec)
-            except RuntimeError as error:
-                reason = f"NVDEC refuses {codec}: {error}"
+        refused = {codec: reason for codec in _NVDEC_CANDIDATES if (reason := _refusal(codec, device)) is not None}
+        reason = "; ".join(f"NVDEC refuses {codec}: {reason}" for codec, reason in refused.items())
+        codecs = frozenset(_NVDEC_CANDIDATES) - refused.keys()
+    else:
+        codecs, reason = frozenset(), "no GPU"
     if codecs:
-        rest = "pyav decodes images, other codecs, other pixel formats and rotated clips"
-        return Decoder("nvdec", frozenset(codecs), f"{', '.join(sorted(codecs))}; {rest}")
+        rest = "PyAV decodes images, other codecs, other pixel formats, odd sizes and rotated clips"
+        return Decoder("nvdec", codecs, "; ".join(filter(None, [", ".join(sorted(codecs)), rest, reason])))
     if setting == "nvdec":
         raise ConfigError(f"data.decoder is nvdec, but {reason}: set data.decoder=auto or pyav")
-    return Decoder("pyav", frozenset(), reason)
+    return Decoder("pyav", codecs, reason)
+
+
+def _refusal(codec: str, device: torch.device) -> str | None:
+    """DALI's words on a clip of the codec, None if it decodes it."""
+    file = np.frombuffer(_test_clip(*_NVDEC_CANDIDATES[codec]), dtype=np.uint8)
+    clip = Clip(Window(0, 0, 256, 256), False, encoded=file, indices=np.array([1], dtype=np.int32))
+    try:
+        Pixels(size=16, batch_size=1, device=device, threads=1)([clip])
+    except RuntimeError as error:  # a GPU without NVDEC may fail before there is a graph
+        return str(error).partition("\n")[0]
+    return None
 
 
 def _test_clip(encoder: str, container: str) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 import torch
@@ -17,13 +17,12 @@ from smaug_ds import distributed
 from smaug_ds.data.config import DataConfig
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.order import Order
+from smaug_ds.data.pool import Limits
 from smaug_ds.data.prefetch import Prefetcher
-from smaug_ds.data.quarantine import Budget, DataError, Ledger
+from smaug_ds.data.quarantine import Budget, DataError, Failure, Ledger, known_bad, pyav_only
 from smaug_ds.data.reader import EvalReader, RawBatch, TrainReader
 from smaug_ds.data.sample import Batch, BatchShape
 from smaug_ds.text import Tokenizer
-
-_BUDGET_WINDOW = 1000  # samples
 
 
 class TrainLoader:
@@ -77,7 +76,7 @@ class TrainLoader:
         self._pixels = Pixels(shape.image_size, micro_batch, device, data_config.dali_threads)
         self._config = data_config
         self._ledger = ledger
-        self._budget = Budget(data_config.max_failed_share, _BUDGET_WINDOW)
+        self._budget = Budget(data_config.max_failed_share, data_config.failure_window)
         self._step = 0
         self._prefetcher: Prefetcher | None = None
 
@@ -90,7 +89,8 @@ class TrainLoader:
         accumulation = self._reader.accumulation
         indices = itertools.count(self._step * accumulation)
         config = self._config
-        self._prefetcher = Prefetcher(self._reader, indices, self._pixels, config.workers, config.prefetch)
+        limits = Limits(config.sample_seconds)
+        self._prefetcher = Prefetcher(self._reader, indices, self._pixels, config.workers, config.prefetch, limits)
         for place, (raw, batch) in enumerate(self._prefetcher):
             self._account(raw)
             assert batch is not None, "a micro batch without samples ends the run in _account"
@@ -106,6 +106,17 @@ class TrainLoader:
         """Takes effect at the next ``iter``."""
         self.close()
         self._step = int(state["step"])
+
+    def honour(self, failures: Iterable[Failure]) -> None:
+        """Takes over what earlier parts of the run learnt, on all ranks: samples that failed are passed over without a
+        try, samples that only NVDEC refuses are decoded by PyAV. Takes effect at the next ``iter``.
+
+        Failures to read from the storage are not taken over (it may be back). What is passed over counts as no failure.
+        """
+        self.close()
+        failures = list(failures)
+        self._reader.known_bad |= known_bad(failures)
+        self._reader.pyav_only |= pyav_only(failures)
 
     def close(self) -> None:
         """Ends workers and thread. May be called twice; the loader can be iterated again."""
@@ -129,10 +140,11 @@ class TrainLoader:
                 f"{len(raw.failures)} candidates for one place of step {raw.step} failed in a row, "
                 f"data.max_consecutive_failures is {self._config.max_consecutive_failures}; see {self._ledger.path}"
             )
-        if not self._budget.spend(len(raw.batch.keys), len(raw.failures)):
+        lost = {failure.name for failure in raw.failures if failure.replaced_by != failure.name}
+        if not self._budget.spend(len(raw.batch.keys), len(lost)):
             raise DataError(
-                f"more than {self._config.max_failed_share:.0%} of the latest {_BUDGET_WINDOW} samples failed "
-                f"(data.max_failed_share); see {self._ledger.path}"
+                f"more than {self._budget.share:.0%} of the latest {self._budget.window} samples failed "
+                f"(data.max_failed_share, data.failure_window); see {self._ledger.path}"
             )
 
 
@@ -178,11 +190,12 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.failed = 0
-        workers = min(self._config.workers, len(self))
-        prefetcher = Prefetcher(self._reader, range(len(self)), self._pixels, workers, self._config.prefetch)
+        config = self._config
+        workers, limits = min(config.workers, len(self)), Limits(config.sample_seconds)
+        prefetcher = Prefetcher(self._reader, range(len(self)), self._pixels, workers, config.prefetch, limits)
         with contextlib.closing(prefetcher) as batches:
             for raw, batch in batches:
-                self.failed += len(raw.failures)
+                self.failed += len({failure.name for failure in raw.failures if failure.replaced_by is None})
                 for failure in raw.failures:
                     self._ledger.write(failure)
                 if batch is not None:

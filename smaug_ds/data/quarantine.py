@@ -1,20 +1,25 @@
-"""Samples that could not be used: a ledger of them, and the point at which there are too many."""
+"""Samples that could not be used: a ledger of them, what a resumed run makes of it, and the point at which there are
+too many."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections import deque
-from collections.abc import Mapping
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from smaug_ds.data.sample import Place
+from smaug_ds.data.sample import Medium, Place
+
+_TEMPORARY = "read"  # stage of failures of the storage: a disk that was away comes back
+_REFUSED = "dali"  # stage of samples that the decoder of the DALI graph refuses
 
 
 class DataError(RuntimeError):
-    """Too many samples fail for training to go on; the message names the ledger."""
+    """Training cannot go on for its data: too many samples or workers fail. The message says what to look at."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,35 @@ class Failure:
     place: Place | None  # of the sample in the order; None in evaluation
     shard: str  # path of the tar
     key: str
-    stage: str  # "read", "open", "demux", "decode" or "image"
+    stage: str  # "read", "open", "demux", "decode", "image", "dali", "time" or "crash"
     reason: str
-    replaced_by: str | None = None  # shard/key that took its place; None: nothing did
+    replaced_by: str | None = None  # shard/key that took its place, itself if PyAV decodes it; None: nothing did
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard}/{self.key}"
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Failure:
         """What ``dataclasses.asdict`` or a line of a ledger tells."""
         place = line["place"]
         return cls(**{**line, "place": place if place is None else Place(*place)})
+
+
+class Spot(NamedTuple):
+    """What a worker is at: a sample at one position."""
+
+    position: int
+    medium: Medium
+    shard: int = -1  # this and ``row`` as in Place; -1 in evaluation
+    row: int = -1
+
+
+class Verdict(NamedTuple):
+    """Why a sample that a worker could not finish is not tried again."""
+
+    stage: str
+    reason: str
 
 
 class Ledger:
@@ -44,27 +69,75 @@ class Ledger:
         self.path = Path(folder) / f"quarantine.{rank}.jsonl"
 
     def write(self, failure: Failure) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(failure), ensure_ascii=False) + "\n")
+        """Raises DataError if the file cannot be written: a failure that is not on record would not be honoured."""
+        line = json.dumps(dataclasses.asdict(failure), ensure_ascii=False).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a run that was killed wrote half a line
+                        line = b"\n" + line
+                file.write(line)
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be written ({error}), and a sample failed: {failure.name} ({failure.stage}: "
+                f"{failure.reason}); make room or mend the permissions, then start the run again"
+            ) from error
 
 
 def read_ledgers(folder: Path | str) -> list[Failure]:
-    """The failures of all ranks that wrote to ``folder``, by step and position."""
-    failures = []
+    """The failures of all ranks that wrote to ``folder``, by step and position.
+
+    What was done again after a restart and failed again counts once. Half a line, of a run that was killed while it
+    wrote, is passed over.
+    """
+    failures: dict[tuple[object, ...], Failure] = {}
     for path in sorted(Path(folder).glob("quarantine.*.jsonl")):
-        with path.open(encoding="utf-8") as file:
-            failures += [Failure.from_dict(json.loads(line)) for line in file]
-    return sorted(failures, key=lambda failure: (failure.step, failure.position))
+        for line in path.read_bytes().splitlines():
+            try:
+                failure = Failure.from_dict(json.loads(line))
+            except ValueError:
+                continue
+            failures[failure.step, failure.position, failure.place, failure.name, failure.stage] = failure
+    return sorted(failures.values(), key=lambda failure: (failure.step, failure.position))
+
+
+def known_bad(failures: Iterable[Failure]) -> frozenset[Place]:
+    """The training samples that a resumed run passes over without a try.
+
+    Not those of stage "read": a storage that was away comes back. Not those that PyAV decodes.
+    """
+    return frozenset(
+        failure.place
+        for failure in failures
+        if failure.place is not None and failure.stage != _TEMPORARY and not _decoded_otherwise(failure)
+    )
+
+
+def pyav_only(failures: Iterable[Failure]) -> frozenset[str]:
+    """Names (shard/key) of the samples that the decoder of the DALI graph refuses and PyAV decodes."""
+    return frozenset(failure.name for failure in failures if _decoded_otherwise(failure))
+
+
+def summary(failures: Iterable[Failure]) -> dict[str, float]:
+    """``quarantine/STAGE``: failures of each stage; ``quarantine/samples``: different samples that failed."""
+    failures = list(failures)
+    counts = Counter(failure.stage for failure in failures)
+    figures = {f"quarantine/{stage}": float(count) for stage, count in sorted(counts.items())}
+    return {**figures, "quarantine/samples": float(len({failure.name for failure in failures}))}
+
+
+def _decoded_otherwise(failure: Failure) -> bool:
+    return failure.stage == _REFUSED and failure.replaced_by == failure.name
 
 
 class Budget:
     """Share of failures among the latest ``window`` samples that is tolerated. Judged once the window is full."""
 
     def __init__(self, share: float, window: int) -> None:
-        self.share = share
+        self.share, self.window = share, window
         self._batches: deque[tuple[int, int]] = deque()
-        self._window = window
         self._samples = 0
         self._failures = 0
 
@@ -73,8 +146,8 @@ class Budget:
         self._batches.append((samples, failures))
         self._samples += samples
         self._failures += failures
-        while self._samples - self._batches[0][0] >= self._window:
+        while self._samples - self._batches[0][0] >= self.window:
             old_samples, old_failures = self._batches.popleft()
             self._samples -= old_samples
             self._failures -= old_failures
-        return self._samples < self._window or self._failures <= self.share * self._samples
+        return self._samples < self.window or self._failures <= self.share * self._samples

@@ -1,14 +1,15 @@
 """What a loader's worker does: read, decode, tokenise, and put one micro batch together up to its pixels.
 
-Letters: B batch, T frames, N patches, L text tokens, H height, W width.
+Letters: B batch, T frames, N patches, H height, W width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from smaug_ds.data.config import DataConfig
 from smaug_ds.data.draw import Draws, centre_crop, random_resized_crop
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.order import Order, sample_generator, slots, stable_hash
-from smaug_ds.data.quarantine import Failure
+from smaug_ds.data.quarantine import Failure, Spot, Verdict
 from smaug_ds.data.sample import Batch, BatchShape, Medium, Place, Sample
 from smaug_ds.data.shard import Entry, ShardError
 from smaug_ds.data.video import MediaError
@@ -42,15 +43,49 @@ class RawBatch:
     batch: Batch | None  # ``frames`` is empty; None if there is no usable sample
     clips: PackedClips
     failures: list[Failure]
+    spots: list[Spot] = dataclasses.field(default_factory=list)  # of the samples of the batch
 
 
 class _Filled(NamedTuple):
+    spot: Spot
     sample: Sample
     clip: Clip
     draws: Draws
 
 
-class TrainReader(Dataset[RawBatch]):
+class Watched(Dataset[RawBatch]):
+    """A reader that tells which sample it is at, and does not touch again what a worker could not finish."""
+
+    def __init__(self) -> None:
+        self.watch: Callable[[Spot | None], None] = _unwatched  # called at the beginning and (None) at the end
+        self.verdicts: dict[Spot, Verdict] = {}
+        self.elsewhere: Callable[[Watched, int], RawBatch] | None = None  # makes an item in another process
+
+    def again(self, index: int) -> RawBatch:
+        """``self[index]`` for the loader's own process, which no sample may hang: made elsewhere if that can be."""
+        return self[index] if self.elsewhere is None else self.elsewhere(self, index)
+
+    def condemn(self, verdicts: Mapping[Spot, Verdict]) -> None:
+        """Takes these samples as failed."""
+        self.verdicts.update(verdicts)
+
+    @contextlib.contextmanager
+    def at(self, spot: Spot) -> Iterator[None]:
+        """Around all work on a sample. Raises MediaError if there is a verdict on it."""
+        if spot in self.verdicts:
+            raise MediaError(*self.verdicts[spot])
+        self.watch(spot)
+        try:
+            yield
+        finally:
+            self.watch(None)
+
+
+def _unwatched(spot: Spot | None) -> None:
+    pass
+
+
+class TrainReader(Watched):
     """Item i is micro batch ``i % accumulation`` of step ``i // accumulation`` on this rank. Can be pickled."""
 
     def __init__(
@@ -67,15 +102,22 @@ class TrainReader(Dataset[RawBatch]):
         world_size: int,
         encoded_codecs: frozenset[str],
     ) -> None:
+        super().__init__()
         self.corpus, self.order, self.tokenizer, self.config = corpus, order, tokenizer, config
         self.shape, self.seed, self.micro_batch, self.accumulation = shape, seed, micro_batch, accumulation
         self.rank, self.world_size, self.encoded_codecs = rank, world_size, encoded_codecs
         self.known_bad: frozenset[Place] = frozenset()  # passed over without a try
         self.pyav_only: frozenset[str] = frozenset()  # keys of samples that NVDEC refuses
 
+    def condemn(self, verdicts: Mapping[Spot, Verdict]) -> None:
+        """Takes these samples as failed where they were tried, and passes over them elsewhere."""
+        super().condemn(verdicts)
+        self.known_bad |= {Place(*spot[1:]) for spot in verdicts}
+
     def __getitem__(self, index: int) -> RawBatch:
         step, micro_step = divmod(index, self.accumulation)
         medium, positions = self.order.medium(step), self.order.positions(step)
+        spots: list[Spot] = []
         samples: list[Sample] = []
         clips: list[Clip] = []
         draws: list[Draws] = []
@@ -85,16 +127,20 @@ class TrainReader(Dataset[RawBatch]):
             failures += failed
             if found is None:
                 return RawBatch(index, step, None, PackedClips.pack([]), failures)
+            spots.append(found.spot)
             samples.append(found.sample)
             clips.append(found.clip)
             draws.append(found.draws)
         captions = [s.captions[int(d.caption * len(s.captions))] for s, d in zip(samples, draws, strict=True)]
         text = self.tokenizer.encode(captions, self.shape.max_text_length)
-        length = text.input_ids.shape[1]
-        mlm_noise = _stack([draw.mlm_noise[:length] for draw in draws])
-        masked_ids, labels = mask_tokens(text.input_ids, mlm_noise, self.shape.mlm_probability, self.tokenizer)
+        mlm_noise = np.concatenate([d.mlm_noise[:length] for d, length in zip(draws, text.lengths, strict=True)])
+        mlm_probability = self.shape.mlm_probability
+        masked_ids, labels = mask_tokens(text, torch.from_numpy(mlm_noise), mlm_probability, self.tokenizer)
         batch = _batch(step, medium, samples, captions, draws, text, masked_ids, labels)
-        return RawBatch(index, step, batch, PackedClips.pack(clips), failures)
+        if answers := [sample.answer for sample in samples if sample.answer is not None]:
+            answer_ids, answer_lengths = self.tokenizer.encode(answers, self.shape.max_text_length)
+            batch = dataclasses.replace(batch, answer_ids=answer_ids, answer_lengths=answer_lengths)
+        return RawBatch(index, step, batch, PackedClips.pack(clips), failures, spots)
 
     def _fill(self, step: int, medium: Medium, position: int) -> tuple[_Filled | None, list[Failure]]:
         """The first usable candidate for ``position``, and the failures before it."""
@@ -106,27 +152,29 @@ class TrainReader(Dataset[RawBatch]):
                 random_resized_crop, scale=self.config.crop_scale, ratio=self.config.crop_ratio, uniform=draws.crop
             )
             entry = self.corpus.entry(*place)
+            spot = Spot(position, *place)
             try:
-                sample = self.corpus.read_sample(entry)
-                flip = draws.flip < self.config.flip
-                codecs = _codecs_for(entry, self.encoded_codecs, self.pyav_only)
-                clip = make_clip(sample, entry.facts, frames, draws.generator, flip, window, codecs)
+                with self.at(spot):
+                    sample = self.corpus.read_sample(entry)
+                    flip = draws.flip < self.config.flip
+                    codecs = _codecs_for(entry, self.encoded_codecs, self.pyav_only)
+                    clip = make_clip(sample, entry.facts, frames, draws.generator, flip, window, codecs)
             except (MediaError, ShardError) as error:
                 failures.append(_failure(step, position, place, entry, error))
             else:
                 name = f"{entry.shard}/{entry.key}"
-                return _Filled(sample, clip, draws), [dataclasses.replace(f, replaced_by=name) for f in failures]
+                return _Filled(spot, sample, clip, draws), [dataclasses.replace(f, replaced_by=name) for f in failures]
         return None, failures
 
     def _candidates(self, medium: Medium, position: int) -> Iterator[Place]:
         """The samples to try for ``position``, one after the other."""
         every = range(self.order.samples(medium))
         places = (Place(medium, *self.order.candidate(medium, position, attempt)) for attempt in every)
-        unknown = (place for place in places if place not in self.known_bad)
-        return itertools.islice(unknown, self.config.max_consecutive_failures)
+        due = (place for place in places if place not in self.known_bad or Spot(position, *place) in self.verdicts)
+        return itertools.islice(due, self.config.max_consecutive_failures)
 
 
-class EvalReader(Dataset[RawBatch]):
+class EvalReader(Watched):
     """Item i is batch ``rank + i * world_size`` of the split: its samples in the order of the shards, videos first.
 
     Which samples share a batch does not depend on the number of ranks. Samples that fail are left out, never replaced.
@@ -142,6 +190,7 @@ class EvalReader(Dataset[RawBatch]):
         world_size: int,
         encoded_codecs: frozenset[str],
     ) -> None:
+        super().__init__()
         self.corpus, self.tokenizer, self.shape, self.encoded_codecs = corpus, tokenizer, shape, encoded_codecs
         self.pyav_only: frozenset[str] = frozenset()  # keys of samples that NVDEC refuses
         batches: list[tuple[Medium, range]] = []
@@ -156,16 +205,20 @@ class EvalReader(Dataset[RawBatch]):
     def __getitem__(self, index: int) -> RawBatch:
         medium, numbers = self.batches[index]
         frames = self.shape.frames if medium == "video" else 1
+        spots: list[Spot] = []
         samples: list[Sample] = []
         clips: list[Clip] = []
         failures: list[Failure] = []
         for number in numbers:
             entry = self.corpus.nth(medium, number)
+            spot = Spot(number, medium)
             try:
-                sample = self.corpus.read_sample(entry)
-                codecs = _codecs_for(entry, self.encoded_codecs, self.pyav_only)
-                clips.append(make_clip(sample, entry.facts, frames, None, False, centre_crop, codecs))
-                samples.append(sample)
+                with self.at(spot):
+                    sample = self.corpus.read_sample(entry)
+                    codecs = _codecs_for(entry, self.encoded_codecs, self.pyav_only)
+                    clips.append(make_clip(sample, entry.facts, frames, None, False, centre_crop, codecs))
+                    samples.append(sample)
+                    spots.append(spot)
             except (MediaError, ShardError) as error:
                 failures.append(_failure(EVALUATION_STEP, number, None, entry, error))
         if not samples:
@@ -175,7 +228,7 @@ class EvalReader(Dataset[RawBatch]):
         labels = torch.full_like(text.input_ids, IGNORED)
         neutral = [Draws.neutral(self.shape, frames)] * len(samples)
         batch = _batch(EVALUATION_STEP, medium, samples, captions, neutral, text, text.input_ids, labels)
-        return RawBatch(index, EVALUATION_STEP, batch, PackedClips.pack(clips), failures)
+        return RawBatch(index, EVALUATION_STEP, batch, PackedClips.pack(clips), failures, spots)
 
 
 def _batch(
@@ -192,10 +245,11 @@ def _batch(
         step=step,
         medium=medium,
         frames=torch.empty(0, dtype=torch.uint8),
+        lengths=text.lengths,
         input_ids=text.input_ids,
-        attention_mask=text.attention_mask,
         masked_ids=masked_ids,
         mlm_labels=mlm_labels,
+        mlm_positions=(mlm_labels != IGNORED).nonzero().squeeze(1),
         media_ids=torch.tensor([stable_hash(sample.media_id) for sample in samples]),
         patch_noise=_stack([draw.patch_noise for draw in draws]),
         frame_noise=_stack([draw.frame_noise for draw in draws]),

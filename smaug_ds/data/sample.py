@@ -1,12 +1,13 @@
 """What travels through the data path: a ``Sample`` as it lies in a shard, a ``Batch`` as it enters the model.
 
-Letters: B batch, T frames, N patches of a frame, L text tokens.
+Letters: B batch, T frames, N patches of a frame, S text tokens of all captions together, R of them hidden,
+A tokens of all answers together.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Sample:
     suffix: str  # of the media file, lower case, without the dot: "mp4", "jpg"
     media: bytes  # the encoded file, bit for bit
     captions: tuple[str, ...]  # at least one
+    answer: str | None = None  # where the one caption is a question
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class BatchShape:
     frames: int  # T of a video batch; an image batch has T = 1
     image_size: int  # height and width, pixels
     patches: int  # N
-    max_text_length: int  # L at most, special tokens included
+    max_text_length: int  # tokens of a caption at most, special ones included
     mlm_probability: float  # share of the words to predict
 
 
 @dataclass
 class Batch:
-    """One micro batch of one medium.
+    """One micro batch of one medium. Captions are packed: their tokens one after the other, without padding.
 
     Every random number of a sample was drawn from its own generator, keyed by seed and global position, so the batch is
     the same whatever the number of ranks, workers or restarts.
@@ -59,10 +61,11 @@ class Batch:
     step: int  # optimizer step that it belongs to
     medium: Medium
     frames: Tensor  # (B, T, 3, H, W) uint8
-    input_ids: Tensor  # (B, L) int64, padded to the longest caption of the batch
-    attention_mask: Tensor  # (B, L) bool, True on tokens
-    masked_ids: Tensor  # (B, L) int64, input_ids with the words to predict hidden
-    mlm_labels: Tensor  # (B, L) int64, the hidden words, -100 elsewhere
+    lengths: list[int]  # (B,) tokens of each caption; on the host for good: they are the sizes of all that is text
+    input_ids: Tensor  # (S,) int64
+    masked_ids: Tensor  # (S,) int64, input_ids with the words to predict hidden
+    mlm_labels: Tensor  # (S,) int64, the hidden words, -100 elsewhere
+    mlm_positions: Tensor  # (R,) int64, where the hidden words are: to find them on a GPU, the host would have to wait
     media_ids: Tensor  # (B,) int64, stable hash of Sample.media_id
     patch_noise: Tensor  # (B, N) float32 in [0, 1), ranks patches for the tube mask
     frame_noise: Tensor  # (B, T) float32 in (0, 1), Gumbel noise of the frame selector before its double log
@@ -70,13 +73,15 @@ class Batch:
     keys: list[str]  # shard/key of each sample
     captions: list[str]  # the caption that input_ids holds
     all_captions: list[tuple[str, ...]]  # every caption of each sample, for evaluation
+    answer_lengths: list[int] = field(default_factory=list)  # (B,) tokens of each answer where captions are questions
+    answer_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (A,) packed as input_ids
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``; copies do not block the host."""
         moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            item.name: value.to(device, non_blocking=True)
+            for item in dataclasses.fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
 

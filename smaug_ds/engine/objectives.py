@@ -1,6 +1,6 @@
 """Model and objectives as one module, which the DeepSpeed engine wraps: the arithmetic of a pre-training step.
 
-Letters: B pairs of this rank, G pairs of all ranks, L text tokens, D width.
+Letters: B pairs of this rank, G pairs of all ranks, S text tokens of all captions of this rank, D width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smaug_ds import distributed, losses
 from smaug_ds.data.sample import Batch
 from smaug_ds.losses import LossConfig
+from smaug_ds.model.packing import Packing, pick_captions
 from smaug_ds.model.smaug import SmaugModel, TextOutput, VisualOutput
 
 
@@ -26,7 +27,7 @@ class Pretraining(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars: ``loss`` (the weighted sum), each objective's loss, and detached figures for the log."""
         visual = self.model.encode_frames(batch.frames, batch.patch_noise)
-        text = self.model.encode_text(batch.input_ids, batch.attention_mask)
+        text = self.model.encode_text(batch.input_ids, batch.lengths)
         results: dict[str, Tensor] = {}
         if self.config.vtc:
             results |= self._contrast(visual, text, batch)
@@ -55,16 +56,17 @@ class Pretraining(nn.Module):
     def _match(self, visual: VisualOutput, text: TextOutput, batch: Batch) -> dict[str, Tensor]:
         """Each pair against a hard negative text for its video and a hard negative video for its text."""
         all_tokens = distributed.all_gather_with_grad(visual.tokens)  # (G, T, K, D)
-        states, mask = self._pad(text)
-        all_states, all_masks = distributed.all_gather_with_grad(states), distributed.all_gather(mask)
+        all_states, all_lengths = gather_texts(text)
         texts, videos, valid = self._draw_negatives(visual, text, batch)
+        # tolist waits for the device: how many tokens there are to fuse depends on the draw
+        negative_states, negative_lengths = pick_captions(all_states, all_lengths, texts.tolist())
         pairs_visual = torch.cat([visual.tokens, visual.tokens, all_tokens[videos]])
-        pairs_states = torch.cat([states, all_states[texts], states])
-        pairs_mask = torch.cat([mask, all_masks[texts], mask])
+        pairs_states = torch.cat([text.states, negative_states, text.states])
+        packing = Packing.of([*batch.lengths, *negative_lengths, *batch.lengths], pairs_states.device)
         noise = batch.frame_noise.repeat(3, 1)
-        chosen = self.model.look_at(pairs_visual, pairs_states[:, 0], noise)
-        fused = self.model.fuse(pairs_states, pairs_mask, chosen)
-        logits = self.model.match_logits(fused)
+        chosen = self.model.look_at(pairs_visual, packing.first(pairs_states), noise)
+        fused = self.model.fuse(pairs_states, packing, chosen)
+        logits = self.model.match_logits(fused, packing)
         matched = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         matched[: len(batch)] = True
         # a positive counts even where the batch holds no negative for it
@@ -88,20 +90,26 @@ class Pretraining(nn.Module):
         return texts, videos, [text_valid, video_valid]
 
     def _predict_words(self, visual: VisualOutput, text: TextOutput, batch: Batch) -> dict[str, Tensor]:
-        masked_states = self.model.text(batch.masked_ids, batch.attention_mask)
+        masked_states = self.model.text(batch.masked_ids, text.packing)
         # the clean caption chooses the frames, as it does for matching
-        chosen = self.model.look_at(visual.tokens, text.states[:, 0], batch.frame_noise)
-        fused = self.model.fuse(masked_states, text.mask, chosen)
-        hidden = batch.mlm_labels >= 0
-        words = batch.mlm_labels[hidden]
-        logits = self.model.word_logits(fused[hidden])
+        chosen = self.model.look_at(visual.tokens, text.sentence, batch.frame_noise)
+        fused = self.model.fuse(masked_states, text.packing, chosen)
+        words = batch.mlm_labels[batch.mlm_positions]
+        logits = self.model.word_logits(fused[batch.mlm_positions])
         with torch.no_grad():
             accuracy = (logits.argmax(dim=1) == words).float().sum() / max(len(words), 1)
         return {"mlm": losses.mlm(logits, words), "mlm_accuracy": accuracy}
 
-    def _pad(self, text: TextOutput) -> tuple[Tensor, Tensor]:
-        """States (B, L, D) and mask (B, L), padded to the longest caption of any rank."""
-        own = text.states.shape[1]
-        # a CPU tensor: ranks agree on it without waiting for the device
-        longest = int(distributed.all_reduce_max(torch.tensor(own)))
-        return F.pad(text.states, (0, 0, 0, longest - own)), F.pad(text.mask, (0, longest - own))
+
+def gather_texts(text: TextOutput) -> tuple[Tensor, list[int]]:
+    """States of the captions of all ranks, one after the other, and the G captions' lengths.
+
+    The gradient of a state sums what all ranks' losses ask of it.
+    """
+    # CPU tensors: ranks tell each other without waiting for the device
+    lengths = distributed.all_gather(torch.tensor(text.packing.lengths))
+    sizes = lengths.view(distributed.world_size(), -1).sum(dim=1).tolist()
+    # ranks hold different numbers of tokens, but gather equal ones: all send as many as the fullest
+    filled = F.pad(text.states, (0, 0, 0, max(sizes) - len(text.states)))
+    shares = distributed.all_gather_with_grad(filled).split(max(sizes))
+    return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)]), lengths.tolist()

@@ -57,8 +57,9 @@ def make_pictures(model: SmaugModel, batch: Batch, samples: int = 4) -> dict[str
             pictures["kept_tokens"] = _kept_tokens(model, visual, frames, captions)
         model.eval()
         if frames.shape[1] > model.config.frames_kept:
-            ids, mask = batch.input_ids[:samples], batch.attention_mask[:samples]
-            choice = model.choose_frames(model.encode_frames(frames, None), model.encode_text(ids, mask))
+            lengths = batch.lengths[:samples]
+            text = model.encode_text(batch.input_ids[: sum(lengths)], lengths)
+            choice = model.choose_frames(model.encode_frames(frames, None), text)
             pictures["chosen_frames"] = chosen_frames(frames, choice.scores, choice.chosen, captions)
     finally:
         model.train(was_training)

@@ -1,6 +1,8 @@
 """BERT split in two: a text encoder, and a multi-modal encoder that also looks at the frames (SMAUG section 3.1).
 
-Letters: B batch, L text tokens, M visual tokens, D width.
+Captions come packed: S tokens of all B captions, one caption after the other, without padding.
+
+Letters: B captions, S tokens of all captions together, M visual tokens of one, D width.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.layers import BertBlock
+from smaug_ds.model.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,9 @@ class TextEmbedding(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, L) -> (B, L, D)."""
-        length = input_ids.shape[1]
-        x = self.word(input_ids) + self.position.weight[:length] + self.segment.weight[0]
+    def forward(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        """(S,) -> (S, D)."""
+        x = self.word(input_ids) + self.position(packing.positions) + self.segment.weight[0]
         return self.drop(self.norm(x))
 
 
@@ -76,9 +78,10 @@ class TextEncoder(nn.Module):
             BertBlock(config.width, config.heads, config.mlp_width, config.dropout) for _ in range(config.text_layers)
         )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """``input_ids`` (B, L), ``attention_mask`` (B, L) True on tokens -> (B, L, D)."""
-        return run_layers(self.layers, self.embedding(input_ids), attention_mask, None, self.config.checkpoint_every)
+    def forward(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        """``input_ids`` (S,) -> (S, D)."""
+        x = self.embedding(input_ids, packing)
+        return run_layers(self.layers, x, packing, None, self.config.checkpoint_every)
 
 
 class MultiModalEncoder(nn.Module):
@@ -92,19 +95,18 @@ class MultiModalEncoder(nn.Module):
             for _ in range(config.fusion_layers)
         )
 
-    def forward(self, states: Tensor, attention_mask: Tensor, visual: Tensor | None) -> Tensor:
-        """``states`` (B, L, D), ``visual`` (B, M, Dv) or None to silence the cross-attention -> (B, L, D)."""
-        return run_layers(self.layers, states, attention_mask, visual, self.config.checkpoint_every)
+    def forward(self, states: Tensor, packing: Packing, visual: Tensor | None) -> Tensor:
+        """``states`` (S, D), ``visual`` (B, M, Dv) or None to silence the cross-attention -> (S, D)."""
+        return run_layers(self.layers, states, packing, visual, self.config.checkpoint_every)
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, mask: Tensor, visual: Tensor | None, every: int) -> Tensor:
-    """``x`` (B, L, D) through all ``layers``, every n-th one recomputed in the backward pass."""
-    attend_to = mask[:, None, None, :]
+def run_layers(layers: nn.ModuleList, x: Tensor, packing: Packing, visual: Tensor | None, every: int) -> Tensor:
+    """``x`` (S, D) through all ``layers``, every n-th one recomputed in the backward pass."""
     for number, layer in enumerate(layers, start=1):
         if every and number % every == 0 and torch.is_grad_enabled():
-            x = checkpoint(layer, x, attend_to, visual, use_reentrant=False)
+            x = checkpoint(layer, x, packing, visual, use_reentrant=False)
         else:
-            x = layer(x, attend_to, visual)
+            x = layer(x, packing, visual)
     return x
 
 

@@ -1,6 +1,7 @@
 """Attention and transformer blocks that timm and transformers do not offer in the form SMAUG needs.
 
-Letters: B batch, L tokens of the query side, M tokens of the key side, D width, H heads, E width of one head.
+Letters: B batch, L tokens of the query side, M tokens of the key side, S packed tokens of all captions, D width,
+H heads, E width of one head.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from einops import rearrange
 from timm.layers import Mlp, QuickGELU
 from torch import Tensor, nn
 
+from smaug_ds.model.packing import Packing
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention through PyTorch's fused kernel, with one projection for query, key and value."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -25,14 +27,12 @@ class SelfAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b l (three h e) -> three b h l e", three=3, h=self.heads)
         return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out(rearrange(attended, "b h l e -> b l (h e)"))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l e -> b l (h e)"))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``x`` (B, L, D), ``mask`` broadcastable to (B, H, L, L), True where attention is allowed -> (B, L, D)."""
-        return self._attend(*self._project(x), mask)
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (B, L, D) -> (B, L, D)."""
+        return self._attend(*self._project(x))
 
     def with_class_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As ``forward``, and the class token's attention to all other tokens, averaged over heads: (B, L - 1).
@@ -42,13 +42,31 @@ class SelfAttention(nn.Module):
         q, k, v = self._project(x)
         scores = q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, 1, L)
         class_attention = scores.float().softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
-        return self._attend(q, k, v, None), class_attention
+        return self._attend(q, k, v), class_attention
+
+
+class CaptionAttention(nn.Module):
+    """Multi-head self-attention within each of the packed captions."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """``x`` (S, D) -> (S, D)."""
+        q, k, v = rearrange(packing.pad(self.qkv(x)), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, dropout_p=dropout)
+        return self.out(packing.unpad(rearrange(attended, "b h l e -> b l (h e)")))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from text tokens to visual tokens, whose width may differ."""
+    """Multi-head attention from the tokens of each packed caption to its visual tokens, whose width may differ."""
 
-    def __init__(self, width: int, heads: int, visual_width: int, dropout: float = 0.0):
+    def __init__(self, width: int, heads: int, visual_width: int, dropout: float):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
@@ -56,12 +74,13 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(visual_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, visual: Tensor) -> Tensor:
-        """``x`` (B, L, D), ``visual`` (B, M, visual width) -> (B, L, D)."""
-        q = rearrange(self.query(x), "b l (h e) -> b h l e", h=self.heads)
+    def forward(self, x: Tensor, packing: Packing, visual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``x`` (S, D), ``visual`` (B, M, visual width), ``mask`` (B, 1, 1, M) True on what may be seen -> (S, D)."""
+        q = rearrange(packing.pad(self.query(x)), "b l (h e) -> b h l e", h=self.heads)
         k, v = rearrange(self.key_value(visual), "b m (two h e) -> two b h m e", two=2, h=self.heads)
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(rearrange(attended, "b h l e -> b l (h e)"))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out(packing.unpad(rearrange(attended, "b h l e -> b l (h e)")))
 
 
 class BertBlock(nn.Module):
@@ -72,7 +91,7 @@ class BertBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, visual_width: int | None = None):
         super().__init__()
-        self.attention = SelfAttention(width, heads, dropout)
+        self.attention = CaptionAttention(width, heads, dropout)
         self.attention_norm = nn.LayerNorm(width, eps=1e-12)
         if visual_width is not None:
             self.cross_attention = CrossAttention(width, heads, visual_width, dropout)
@@ -81,11 +100,14 @@ class BertBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=1e-12)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, visual: Tensor | None = None) -> Tensor:
-        """``x`` (B, L, D), ``mask`` (B, 1, 1, L) True on tokens, ``visual`` (B, M, Dv) or None -> (B, L, D)."""
-        x = self.attention_norm(x + self.drop(self.attention(x, mask)))
+    def forward(
+        self, x: Tensor, packing: Packing, visual: Tensor | None = None, visual_mask: Tensor | None = None
+    ) -> Tensor:
+        """``x`` (S, D) packed captions, ``visual`` (B, M, Dv) or None, all of it seen without a ``visual_mask``
+        (B, 1, 1, M) -> (S, D)."""
+        x = self.attention_norm(x + self.drop(self.attention(x, packing)))
         if visual is not None:
-            x = self.cross_attention_norm(x + self.drop(self.cross_attention(x, visual)))
+            x = self.cross_attention_norm(x + self.drop(self.cross_attention(x, packing, visual, visual_mask)))
         return self.mlp_norm(x + self.drop(self.mlp(x)))
 
 

@@ -2,12 +2,14 @@
 
 Reads like section 3 of the paper: encode frames, encode text, reconstruct pixels, choose frames, fuse, predict.
 
-Letters: B batch, T frames, k chosen frames, N patches, K tokens of a frame, L text tokens, D width, P projection size.
+Letters: B batch, T frames, k chosen frames, N patches, K tokens of a frame, S text tokens of all captions together,
+D width, P projection size.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,11 +17,14 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from smaug_ds.model.answers import AnswerDecoder
 from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.frame_selector import FrameChoice, FrameSelector, SelectorConfig
 from smaug_ds.model.language import MultiModalEncoder, TextConfig, TextEncoder, WordHead
 from smaug_ds.model.layers import init_weights
+from smaug_ds.model.packing import Packing, pick_captions
 from smaug_ds.model.pixel_decoder import PixelDecoder, PixelDecoderConfig, pixel_targets
+from smaug_ds.model.pretrained import Pretrained
 from smaug_ds.model.temporal import TemporalConfig, TemporalEncoder
 from smaug_ds.model.vision import VisionConfig, VisionEncoder, normalise_pixels, patchify
 
@@ -31,6 +36,7 @@ class ModelConfig:
     size: str = "base"  # base (the paper's) or tiny (for CPUs): defaults of all numbers below
     frames: int = 1  # frames of a clip: 1 in the single-frame stage, 4 in the multi-frame stage
     frames_kept: int = 1  # frames that the multi-modal encoder sees
+    answer_layers: int = 0  # of the answer decoder, which only question answering needs; 0: none
     projection: int = 256  # size of the contrastive space
     temperature: float = 0.07  # of the contrastive losses at the start; learnt from there, at least 0.01
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -50,6 +56,11 @@ class ModelConfig:
                 "lower model.frames_kept or raise model.frames"
             )
         require_positive("model", self, "projection")
+        if not 0 <= self.answer_layers <= self.text.fusion_layers:
+            raise ValueError(
+                f"model.answer_layers is {self.answer_layers}: it must be from 0 to model.text.fusion_layers, which is "
+                f"{self.text.fusion_layers}, since the decoder starts from those layers"
+            )
         if self.frames > 1:
             require_heads("model.temporal", self.temporal.heads, "model.vision.width", self.vision.width)
         if self.frames > self.frames_kept:
@@ -93,24 +104,44 @@ class VisualOutput:
 
     def index(self, rows: Tensor) -> VisualOutput:
         """The clips ``rows`` (R,), in that order."""
-        return _index(self, rows)
+
+        def pick(value):
+            if isinstance(value, list):
+                return [pick(item) for item in value]
+            return value[rows] if isinstance(value, Tensor) else value
+
+        picked = {item.name: pick(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        return dataclasses.replace(self, **picked)
 
 
 @dataclass
 class TextOutput:
     """A batch of encoded captions."""
 
-    states: Tensor  # (B, L, D)
-    mask: Tensor  # (B, L) True on tokens
+    states: Tensor  # (S, D)
+    packing: Packing  # which of the states belong to which caption
     embedding: Tensor  # (B, P) unit length
 
-    def index(self, rows: Tensor) -> TextOutput:
+    @property
+    def sentence(self) -> Tensor:
+        """The state of each caption's class token, (B, D)."""
+        return self.packing.first(self.states)
+
+    def index(self, rows: Sequence[int]) -> TextOutput:
         """The captions ``rows`` (R,), in that order."""
-        return _index(self, rows)
+        states, lengths = pick_captions(self.states, self.packing.lengths, rows)
+        return TextOutput(states, Packing.of(lengths, states.device), self.embedding[rows])
+
+    def to(self, device: torch.device | str) -> TextOutput:
+        """The same captions on ``device``."""
+        return TextOutput(self.states.to(device), Packing.of(self.packing.lengths, device), self.embedding.to(device))
 
 
-class SmaugModel(nn.Module):
+class SmaugModel(Pretrained):
     """Deterministic given weights and batch (dropout apart): every random number comes in with the batch."""
+
+    config_class = ModelConfig
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -126,6 +157,8 @@ class SmaugModel(nn.Module):
             self.temporal = TemporalEncoder(config.temporal, vision.width, config.frames)
         if config.frames > config.frames_kept:
             self.selector = FrameSelector(config.selector, vision.width, text.width)
+        if config.answer_layers:
+            self.answers = AnswerDecoder(text, config.answer_layers)
         self.vision_projection = nn.Linear(vision.width, config.projection)
         self.text_projection = nn.Linear(text.width, config.projection)
         self.match_head = nn.Linear(text.width, 2)
@@ -162,11 +195,12 @@ class SmaugModel(nn.Module):
             layer_ids=encoded.layer_ids,
         )
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
-        """``input_ids`` (B, L), ``attention_mask`` (B, L) True on tokens."""
-        states = self.text(input_ids, attention_mask)
-        embedding = self.text_projection(states[:, 0])
-        return TextOutput(states, attention_mask, F.normalize(embedding.float(), dim=-1))
+    def encode_text(self, input_ids: Tensor, lengths: Sequence[int]) -> TextOutput:
+        """``input_ids`` (S,) of B captions, one after the other, of ``lengths`` tokens each."""
+        packing = Packing.of(lengths, input_ids.device)
+        states = self.text(input_ids, packing)
+        embedding = self.text_projection(packing.first(states))
+        return TextOutput(states, packing, F.normalize(embedding.float(), dim=-1))
 
     def predict_pixels(self, visual: VisualOutput, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Masked visual modelling: prediction and target (B, T, M, 3 P P) of the masked patches that are decoded.
@@ -209,7 +243,7 @@ class SmaugModel(nn.Module):
 
     def choose_frames(self, visual: VisualOutput, text: TextOutput, noise: Tensor | None = None) -> FrameChoice:
         """The ``frames_kept`` frames that the sentence is about. ``noise`` (B, T) uniform while training."""
-        return self._choose(visual.tokens, text.states[:, 0], noise)
+        return self._choose(visual.tokens, text.sentence, noise)
 
     def _choose(self, tokens: Tensor, sentence: Tensor, noise: Tensor | None) -> FrameChoice:
         return self.selector(tokens[:, :, 0], sentence, self.config.frames_kept, noise)
@@ -226,29 +260,29 @@ class SmaugModel(nn.Module):
             tokens = tokens[rows, choice.chosen] * weights[:, :, None, None]
         return rearrange(tokens, "b t k d -> b (t k) d")
 
-    def fuse(self, states: Tensor, mask: Tensor, visual_tokens: Tensor) -> Tensor:
-        """``states`` (B, L, D) of the text encoder, ``visual_tokens`` (B, M, D) -> (B, L, D)."""
-        return self.fusion(states, mask, visual_tokens)
+    def fuse(self, states: Tensor, packing: Packing, visual_tokens: Tensor) -> Tensor:
+        """``states`` (S, D) of the text encoder, ``visual_tokens`` (B, M, D) -> (S, D)."""
+        return self.fusion(states, packing, visual_tokens)
 
-    def match_logits(self, fused: Tensor) -> Tensor:
-        """``fused`` (B, L, D) -> (B, 2): not matched, matched."""
-        return self.match_head(fused[:, 0]).float()
+    def match_logits(self, fused: Tensor, packing: Packing) -> Tensor:
+        """``fused`` (S, D) -> (B, 2): not matched, matched."""
+        return self.match_head(packing.first(fused)).float()
 
     def match(self, visual: VisualOutput, text: TextOutput) -> Tensor:
         """How much better pair i fits than not: matched minus unmatched logit, (B,)."""
-        logits = self.match_logits(self.fuse(text.states, text.mask, self.look_at(visual.tokens, text.states[:, 0])))
+        fused = self.fuse(text.states, text.packing, self.look_at(visual.tokens, text.sentence))
+        logits = self.match_logits(fused, text.packing)
         return logits[:, 1] - logits[:, 0]
 
     def word_logits(self, states: Tensor) -> Tensor:
         """``states`` (R, D) of the hidden words only -> (R, vocabulary)."""
         return self.word_head(states, self.text.embedding.word.weight).float()
 
+    def answer(self, answer_ids: Tensor, lengths: Sequence[int], questions: Tensor, packing: Packing) -> Tensor:
+        """States (A, D) of answers, whose ``word_logits`` are the next words, given the fused states of questions.
 
-def _index(output, rows: Tensor):
-    def pick(value):
-        if isinstance(value, list):
-            return [pick(item) for item in value]
-        return value[rows] if isinstance(value, Tensor) else value
-
-    fields = dataclasses.fields(output)
-    return dataclasses.replace(output, **{item.name: pick(getattr(output, item.name)) for item in fields})
+        answer_ids: (A,) of B answers, one after the other, of ``lengths`` tokens. questions: (S, D) from ``fuse``, one
+        for each answer, with their ``packing``.
+        """
+        own = Packing.of(lengths, answer_ids.device)
+        return self.answers(self.text.embedding(answer_ids, own), own, questions, packing)
