@@ -1,0 +1,1 @@
+"""How weights leave: out of a run's ZeRO files, into a folder that loads with one line."""
