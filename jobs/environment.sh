@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes the project's own virtual environment, .venv, or brings it up to date, and activates it. Source from bash.
 # PYTHON names another interpreter than python3 (3.10 to 3.12); SMAUG_VENV another folder for the environment.
 
@@ -14,7 +15,7 @@ if [ "$(cat "$venv/.made-from" 2>/dev/null)" != "$wanted" ]; then
     fi
     {
         "$venv/bin/python" -m pip install --upgrade pip setuptools wheel &&
-            "$venv/bin/python" -m pip install --editable "$project[test]"
+            "$venv/bin/python" -m pip install --editable "${project}[test]"
     } > "$venv/install.log" 2>&1 || { tail -n 20 "$venv/install.log" >&2; exit 1; }
     printf '%s\n' "$wanted" > "$venv/.made-from"
 fi

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -36,10 +36,16 @@ def naming(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def parse(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+def parse(
+    cls: type[T],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    base: Callable[[dict[str, Any]], T] | None = None,
+) -> T:
     """Builds ``cls`` from its defaults, then the YAML file at ``path``, then ``key=value`` overrides, in that order.
 
     Overrides take dotted keys and YAML scalars or flow lists: ``model.vision.sparsify_layers=[2,3]``.
+    ``base`` makes what stands in place of the class's defaults, out of the values that were given, as nested dicts.
     A nested dataclass with a classmethod ``of_size(name)`` takes its defaults from there when ``size`` is set.
 
     Raises:
@@ -56,7 +62,7 @@ def parse(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) 
         for part in reversed(key.split(".")):
             tree = {part: tree}
         values = _merge(values, _read_section(cls, tree, "", "command line"))
-    return _build(cls, values, "", None)
+    return _build(cls, values, "", None if base is None else base(values))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

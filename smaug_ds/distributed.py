@@ -45,8 +45,10 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init(timeout_seconds: float) -> None:
+def init(timeout_seconds: float, store: dist.Store | None = None) -> None:
     """Joins the process group named by the launcher's environment, or makes one of a single rank.
+
+    store: that the ranks share already; None: rank 0 opens one at MASTER_ADDR and MASTER_PORT.
 
     NCCL for tensors on GPUs, gloo for those on the CPU. A collective that waits longer than ``timeout_seconds`` raises,
     so that a rank that died or stopped ends the run instead of hanging it.
@@ -58,7 +60,10 @@ def init(timeout_seconds: float) -> None:
     # Both on a GPU: agreement on flags and objects then goes through gloo and never waits for the device.
     backend, device_id = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=number, world_size=size, device_id=device_id
+        )
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         store = dist.HashStore()

@@ -45,3 +45,13 @@ def toy_shards(toy_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         lists = [toy_media / name for name in names]
         build(lists=lists, media_root=toy_media, out=folder / split, samples_per_shard=16, workers=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(toy_shards: Path, toy_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an uninterrupted run of two ranks on this host, which broken ones are compared with."""
+    from tests.cluster.runs import arguments, finish, launch_local
+
+    folder = tmp_path_factory.mktemp("whole_run") / "run"
+    finish(launch_local(folder, arguments(toy_shards, toy_media, folder), PREFLIGHT="0"), folder)
+    return folder

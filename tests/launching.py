@@ -26,9 +26,11 @@ def settings(shards: Path, media: Path, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def launch(arguments: Sequence[str], ranks: int = 2, accelerator: str = "cpu") -> subprocess.Popen:
+def launch(
+    arguments: Sequence[str], ranks: int = 2, accelerator: str = "cpu", module: str = "smaug_ds.pretrain"
+) -> subprocess.Popen:
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port"]
-    command = [*launcher, str(free_port()), "--module", "smaug_ds.pretrain", *arguments]
+    command = [*launcher, str(free_port()), "--module", module, *arguments]
     environment = {**os.environ, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

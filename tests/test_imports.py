@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "smaug_ds"
-ENTRY_POINTS = {"pretrain", "evaluate"}
+ENTRY_POINTS = {"pretrain", "finetune", "evaluate"}
 # Part -> parts it may import. config is a leaf that everything but the model may import.
 ALLOWED = {
     "entry": {"engine", "evaluation", "data", "convert", "planner", "config", "text", "model", "losses", "distributed"},
-    "engine": {"model", "losses", "data", "evaluation", "distributed", "config", "text"},
+    "engine": {"model", "losses", "data", "evaluation", "distributed", "config", "text", "exchange"},
     "evaluation": {"model", "data", "text", "distributed", "config"},
     "data": {"text", "distributed", "config", "progress"},
     "losses": {"distributed", "config"},
@@ -23,11 +23,13 @@ ALLOWED = {
     "text": {"config"},
     "distributed": {"config"},
     "convert": {"model", "config"},
+    "exchange": {"engine", "model", "config", "text"},
+    "encoders": {"model", "data", "text"},
     "config": set(),
     "progress": set(),
 }
-MODEL_PACKAGES = {"torch", "einops", "timm", "transformers"}
-ONLY_IN = {"nvidia": "data/dali.py", "deepspeed": "engine/deepspeed.py"}
+MODEL_PACKAGES = {"torch", "einops", "timm", "transformers", "safetensors", "huggingface_hub"}
+ONLY_IN = {"nvidia": "data/dali.py", "deepspeed": "engine/deepspeed.py", "huggingface_hub": "model/pretrained.py"}
 
 
 def imports(path: Path) -> set[str]:
@@ -73,5 +75,6 @@ def test_package_imports_without_decoder_engine_and_gpu() -> None:
         "import sys\n"
         "sys.modules.update({'nvidia.dali': None, 'deepspeed': None})\n"
         "import smaug_ds, smaug_ds.model.smaug, smaug_ds.losses, smaug_ds.text, smaug_ds.convert\n"
+        "import smaug_ds.encoders, smaug_ds.exchange.export\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import numpy as np
 import pytest
 
-from smaug_ds.evaluation.metrics import chance_recall, ranks, recall_at, relevance, rerank, retrieval_metrics, top_k
+from smaug_ds.evaluation.metrics import (
+    RetrievalMetrics,
+    chance_recall,
+    dual_softmax,
+    pool_frames,
+    ranks,
+    recall_at,
+    relevance,
+    rerank,
+    retrieval_metrics,
+    top_k,
+)
 
 # Three videos; video 0 has two captions (texts 0 and 1).
 TEXT_MEDIA, VIDEO_MEDIA = [10, 10, 20, 30], [10, 20, 30]
@@ -103,3 +117,73 @@ def test_rerank_of_nothing_keeps_the_order() -> None:
     scores = np.array([[0.1, 0.3, 0.2]])
     merged = rerank(scores, np.full((1, 3), np.nan), np.zeros((1, 3), dtype=bool))
     assert np.argsort(-merged[0]).tolist() == [1, 2, 0]
+
+
+def brute_force(scores: list[list[float]], text_media: list[int], video_media: list[int]) -> RetrievalMetrics:
+    """All metrics by counting, pair by pair, with nothing of the module but the record that holds them."""
+
+    def rank(row: list[float], own: list[bool]) -> int:
+        places = []
+        for candidate, is_own in enumerate(own):
+            if is_own:
+                others = (row[other] for other in range(len(row)) if not own[other])
+                places.append(1 + sum(score >= row[candidate] for score in others))
+        return min(places)
+
+    texts, videos = range(len(text_media)), range(len(video_media))
+    t2v = [rank(scores[q], [text_media[q] == video_media[c] for c in videos]) for q in texts]
+    v2t = [rank([scores[q][c] for q in texts], [text_media[q] == video_media[c] for q in texts]) for c in videos]
+    recalls = [100 * sum(place <= k for place in way) / len(way) for way in (t2v, v2t) for k in (1, 5, 10)]
+    middles = [f(way) for way in (t2v, v2t) for f in (statistics.median, statistics.fmean)]
+    return RetrievalMetrics(*recalls, *middles)
+
+
+@pytest.mark.parametrize("levels", [3, 8, 10**6])  # of the scores: nearly all tied, some, none
+def test_metrics_equal_brute_force(levels: int) -> None:
+    """Texts with several videos, videos with several texts, and ties."""
+    generator = np.random.default_rng(levels)
+    for _ in range(20):
+        media = generator.permutation(12).tolist()
+        video_media = [*media, *generator.choice(media, 6).tolist()]
+        text_media = [*media, *generator.choice(media, 23).tolist()]
+        scores = generator.integers(0, levels, (len(text_media), len(video_media))).astype(np.float32)
+        found = retrieval_metrics(scores, scores, relevance(text_media, video_media))
+        expected = brute_force(scores.tolist(), text_media, video_media)
+        for name, value in vars(expected).items():
+            assert getattr(found, name) == pytest.approx(value), name
+
+
+def test_pooled_frames() -> None:
+    scores = np.random.default_rng(2).normal(size=(4, 3, 5))
+    for q, c in np.ndindex(3, 5):
+        frames = scores[:, q, c].tolist()
+        assert pool_frames(scores, "mean")[q, c] == pytest.approx(sum(frames) / 4)
+        assert pool_frames(scores, "max")[q, c] == max(frames)
+        soft = 0.1 * math.log(sum(math.exp(score / 0.1) for score in frames) / 4)
+        assert pool_frames(scores, "lse", temperature=0.1)[q, c] == pytest.approx(soft)
+    same = np.repeat(scores[:1], 4, axis=0)
+    for pooling in ("mean", "max", "lse"):
+        assert np.allclose(pool_frames(same, pooling, 0.07), scores[0])
+    assert np.isfinite(pool_frames(1e4 * scores, "lse", temperature=0.01)).all()
+
+
+def test_dual_softmax() -> None:
+    scores = np.random.default_rng(3).normal(size=(3, 4))
+    matched = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]], dtype=bool)  # none for the last video
+    for mask in (np.ones((3, 4), dtype=bool), matched):
+        found = dual_softmax(scores, None if mask.all() else mask)
+        for q, c in np.ndindex(3, 4):
+            if not mask[q, c]:
+                assert found[q, c] == -np.inf
+                continue
+            column = sum(math.exp(scores[i, c]) for i in range(3) if mask[i, c])
+            row = sum(math.exp(scores[q, j]) for j in range(4) if mask[q, j])
+            assert math.exp(found[q, c]) == pytest.approx(math.exp(scores[q, c]) ** 2 / column / row)
+    assert np.isfinite(dual_softmax(1e4 * scores)).all()
+
+
+def test_dual_softmax_takes_a_video_from_the_queries_that_it_fits_less() -> None:
+    """A hub: video 0 is every text's best, but it is text 0's above all."""
+    scores = np.array([[9.0, 1.0, 1.0], [5.0, 4.9, 1.0], [5.0, 1.0, 4.9]])
+    assert scores.argmax(axis=1).tolist() == [0, 0, 0]
+    assert dual_softmax(scores).argmax(axis=1).tolist() == [0, 1, 2]

@@ -32,7 +32,7 @@ def check(vocabulary: Path, *overrides: str, corpus: str = "as it was") -> None:
     """Goes on with ``overrides``, ``vocabulary`` and ``corpus`` from a checkpoint of the defaults."""
     original = vocabulary.with_name("original.txt")
     original.write_text(VOCABULARY)
-    state = {"config": settings(), "fingerprints": fingerprints("as it was", Tokenizer(original))}
+    state = {"config": settings(), "world_size": 1, "fingerprints": fingerprints("as it was", Tokenizer(original))}
     now = settings(*overrides)
     check_resumable(state, now, fingerprints(corpus, Tokenizer(vocabulary)), Path("run/checkpoints/step_4"))
 

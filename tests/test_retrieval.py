@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.data.sample import Batch
+from smaug_ds.evaluation.encoding import encode_clips, encode_texts
+from smaug_ds.evaluation.metrics import dual_softmax, top_k
 from smaug_ds.evaluation.retrieval import RetrievalConfig, RetrievalResult, evaluate
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer, train_vocabulary
@@ -134,6 +137,117 @@ def test_joined_captions(tokenizer: Tokenizer) -> None:
     assert len(first) == 2 and result.details.texts[0] == " ".join(first)
 
 
+def slow_pooled(model: SmaugModel, loader: list[Batch], tokenizer: Tokenizer, pooling: str, match: bool) -> np.ndarray:
+    """Scores (texts, clips) of frames that are each a clip of their own after the temporal encoder, pooled."""
+    model.eval()
+    clips = {key: batch.frames[i : i + 1] for batch in loader for i, key in enumerate(batch.keys)}
+    captions = {key: batch.all_captions[i] for batch in loader for i, key in enumerate(batch.keys)}
+    temperature = 1.0 if match else float(torch.exp(-model.logit_scale))
+    table = []
+    for key in sorted(clips):
+        for caption in captions[key]:
+            text = model.encode_text(*tokenizer.encode([caption], model.config.text.max_length))
+            row = []
+            for other in sorted(clips):
+                tokens = model.encode_frames(clips[other], None).tokens
+                frames = []
+                for t in range(tokens.shape[1]):
+                    if match:
+                        logits = model.match_logits(model.fuse(text.states, text.packing, tokens[:, t]), text.packing)
+                        frames.append(float(logits[0, 1] - logits[0, 0]))
+                    else:
+                        alone = torch.nn.functional.normalize(model.vision_projection(tokens[0, t, 0]), dim=0)
+                        frames.append(float(text.embedding[0] @ alone))
+                mean = sum(math.exp(score / temperature) for score in frames) / len(frames)
+                row.append({"mean": np.mean(frames), "max": max(frames), "lse": temperature * math.log(mean)}[pooling])
+            table.append(row)
+    return np.array(table)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "lse"])
+@torch.no_grad()
+def test_pooled_frames_equal_slow_loop(tokenizer: Tokenizer, pooling: str) -> None:
+    model, loader = small_model(small_config(3, 1)), make_loader(3, (3, 2))
+    pooled = dataclasses.replace(CONFIG, frame_scores=pooling)
+    cosine = evaluate(model, loader, tokenizer, dataclasses.replace(pooled, rerank_depth=0))
+    assert cosine.protocol["frame_scores"] == pooling and cosine.protocol["frames_kept"] == 3
+    expected = slow_pooled(model, loader, tokenizer, pooling, match=False)
+    assert np.allclose(cosine.details.t2v_scores, expected, atol=1e-5)
+    matched = evaluate(model, loader, tokenizer, dataclasses.replace(pooled, rerank_depth=100))
+    expected = slow_pooled(model, loader, tokenizer, pooling, match=True)
+    assert np.allclose(matched.details.t2v_scores, expected, atol=1e-5)
+
+
+def test_pooled_frames_of_images_and_videos(tokenizer: Tokenizer) -> None:
+    """An image is one frame, whatever the clips beside it have."""
+    model, (videos, images) = small_model(small_config(3, 1)), make_loader(3, (3, 2))
+    images = dataclasses.replace(images, frames=images.frames[:, :1], medium="image")
+    for depth in (0, 100):
+        scores = {}
+        for frame_scores in ("joined", "lse"):
+            config = dataclasses.replace(CONFIG, frame_scores=frame_scores, rerank_depth=depth)
+            result = evaluate(model, [videos, images], tokenizer, config)
+            columns = [result.details.keys.index(key) for key in images.keys]
+            scores[frame_scores] = result.details.t2v_scores[:, columns]
+        assert np.allclose(scores["joined"], scores["lse"], atol=1e-5)
+
+
+def test_dual_softmax_of_cosines_and_of_match_logits(tokenizer: Tokenizer) -> None:
+    model, loader = small_model(), make_loader(1)
+    with torch.no_grad():
+        cosine, match = slow_scores(model, loader, tokenizer)
+    config = dataclasses.replace(CONFIG, dual_softmax=True, rerank_depth=0)
+    result = evaluate(model, loader, tokenizer, config)
+    first = dual_softmax(cosine * float(model.logit_scale.detach().exp()))
+    assert np.allclose(result.details.t2v_scores, first, atol=1e-4) and result.protocol["dual_softmax"]
+    assert "dual softmax" in result.table()
+    result = evaluate(model, loader, tokenizer, dataclasses.replace(config, rerank_depth=4))
+    chosen = top_k(first, 4), top_k(first.T, 4).T
+    second = dual_softmax(match, chosen[0] | chosen[1])
+    for found, expected, mask in [
+        (result.details.t2v_scores, second, chosen[0]),
+        (result.details.v2t_scores, second, chosen[1]),
+    ]:
+        assert np.allclose(found[mask], expected[mask], atol=1e-4)
+    assert (
+        np.argsort(-result.details.t2v_scores[0])[:4].tolist()
+        == np.argsort(-np.where(chosen[0], second, -np.inf)[0])[:4].tolist()
+    )
+
+
+def test_longer_texts(tokenizer: Tokenizer) -> None:
+    """As many tokens as the position table has places."""
+    short = small_config()
+    long = dataclasses.replace(short, text=dataclasses.replace(short.text, max_length=64))
+    words = " ".join(WORDS * 12)
+    lengths = []
+    for config in (short, long):
+        loader = [dataclasses.replace(batch, all_captions=[(words,)] * len(batch)) for batch in make_loader(1)]
+        model = small_model(config)
+        with torch.no_grad():
+            lengths.append(encode_texts(model, [words], tokenizer, 5).packing.lengths)
+        assert evaluate(model, loader, tokenizer, CONFIG).protocol["max_text_tokens"] == config.text.max_length
+    assert lengths == [[12], [64]]
+
+
+def test_tokens_are_kept_for_reranking_only(tokenizer: Tokenizer) -> None:
+    model, loader = small_model(small_config(3, 1)), make_loader(3)
+    with torch.no_grad():
+        assert all(batch.visual.tokens.numel() > 0 for batch in encode_clips(model, loader))
+        assert all(batch.visual.tokens.numel() == 0 for batch in encode_clips(model, loader, with_tokens=False))
+
+
+@torch.no_grad()
+def test_tokens_kept_in_bf16_change_nothing(tokenizer: Tokenizer) -> None:
+    model, loader = small_model(small_config(3, 1)).eval(), make_loader(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = encode_clips(model, loader)[0]
+        whole = model.encode_frames(loader[0].frames)
+        texts = encode_texts(model, WORDS[:4], tokenizer, 4)
+        assert (kept.visual.tokens.dtype, whole.tokens.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(model.match(kept.visual, texts), model.match(whole, texts))
+
+
 def test_model_is_left_as_it_was(tokenizer: Tokenizer) -> None:
     model = small_model().train()
     evaluate(model, make_loader(1), tokenizer, CONFIG)
@@ -152,6 +266,7 @@ def test_report_says_its_conditions(tokenizer: Tokenizer) -> None:
         "media": {"video": 11},
         "frames": 3,
         "frames_kept": 1,
+        "frame_scores": "joined",
         "image_size": 32,
         "sparsified": True,
         "captions": "each a query",
@@ -177,17 +292,22 @@ def test_empty_split_and_bad_config(tokenizer: Tokenizer) -> None:
         RetrievalConfig(pair_batch_size=0)
 
 
-def evaluate_on_rank(folder: Path, sizes: tuple[int, ...]) -> RetrievalResult:
+def evaluate_on_rank(folder: Path, sizes: tuple[int, ...], config: RetrievalConfig) -> RetrievalResult:
     own = folder / str(distributed.rank())
     own.mkdir(exist_ok=True)
     loader = make_loader(3, sizes, distributed.rank(), distributed.world_size())
-    return evaluate(small_model(small_config(3, 1)), loader, make_tokenizer(own), CONFIG)
+    return evaluate(small_model(small_config(3, 1)), loader, make_tokenizer(own), config)
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 3), (11,)])  # of (11,) the second rank has nothing
-def test_two_ranks_equal_one(tmp_path: Path, sizes: tuple[int, ...]) -> None:
-    alone = evaluate_on_rank(tmp_path, sizes)
-    for result in run_ranks(evaluate_on_rank, 2, tmp_path, sizes):
+POOLED = dataclasses.replace(CONFIG, frame_scores="lse", dual_softmax=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "config"), [((4, 4, 3), CONFIG), ((11,), CONFIG), ((4, 4, 3), POOLED)]
+)  # of (11,) the second rank has nothing
+def test_two_ranks_equal_one(tmp_path: Path, sizes: tuple[int, ...], config: RetrievalConfig) -> None:
+    alone = evaluate_on_rank(tmp_path, sizes, config)
+    for result in run_ranks(evaluate_on_rank, 2, tmp_path, sizes, config):
         assert result.report() == alone.report()
         assert result.details.keys == alone.details.keys and result.details.texts == alone.details.texts
         assert np.array_equal(result.details.t2v_scores, alone.details.t2v_scores)

@@ -24,6 +24,7 @@ from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
 from smaug_ds.engine.optim import OptimConfig, Schedule
 from smaug_ds.engine.preempt import EXIT_CODE, StopRequest
 from smaug_ds.engine.train import Actions, BatchConfig, PretrainConfig, RunConfig, train
+from smaug_ds.engine.watchdog import Watchdog
 from tests.launching import finish, launch, settings
 from tests.ranks import run_ranks
 from tests.standin import CPU_JSON, ROOT, Batches, Standin, order_of, write_json
@@ -34,15 +35,22 @@ TIMINGS = ("seconds_per_step", "samples_per_second")
 
 
 def run(
-    folder: Path, module: Standin, stop_at: int = -1, log_every: int = 1, total: int = TOTAL, lose_at: int = -1
+    folder: Path,
+    module: Standin,
+    stop_at: int = -1,
+    log_every: int = 1,
+    total: int = TOTAL,
+    lose_at: int = -1,
+    json: Path = CPU_JSON,
 ) -> dict[str, Any]:
-    """Trains the stand-in from its latest checkpoint on, ``total`` steps in all; rank 1 is told to stop once step
-    ``stop_at`` is logged, and has no data for the second micro step of step ``lose_at``."""
+    """Trains the stand-in from its latest checkpoint on, ``total`` steps in all; the last rank is told to stop once
+    step ``stop_at`` is logged, and has no data for the second micro step of step ``lose_at``."""
     schedule = Schedule.of(OPTIM, 1, total)
-    engine = build_engine(module, CPU_JSON, OPTIM, schedule, MICRO, ACCUMULATION)
+    micro = 2 * MICRO // distributed.world_size()
+    engine = build_engine(module, json, OPTIM, schedule, micro, ACCUMULATION)
     torch.manual_seed(distributed.rank())
-    latest = checkpoint.latest(folder)
-    first_step = checkpoint.read_state(latest)["step"] if latest else 0
+    latest, state = checkpoint.open_latest(folder, print) or (None, {"step": 0})
+    first_step = state["step"]
     if distributed.is_main():
         folder.mkdir(exist_ok=True)
     distributed.barrier()
@@ -50,7 +58,7 @@ def run(
     if latest:
         monitor.meters.load_state_dict(checkpoint.restore(engine, latest)["meters"], engine.device)
     order, stop = order_of(GLOBAL), StopRequest()
-    calls: dict[str, list[int]] = {"save": [], "evaluate": [], "draw": []}
+    calls: dict[str, list[int]] = {"finished": [], "save": [], "evaluate": [], "draw": []}
 
     def save(step: int) -> None:
         calls["save"].append(step)
@@ -60,25 +68,27 @@ def run(
         calls["draw"].append(batch.step + 1)
         return {"gray": np.zeros((4, 4, 3), np.uint8)}
 
+    is_last = distributed.rank() == distributed.world_size() - 1
+
     class Signalled(Batches):
         def __iter__(self) -> Any:
             for number, batch in enumerate(super().__iter__()):
-                if distributed.rank() == 1 and batch.step + 1 == lose_at and number % ACCUMULATION == 1:
+                if is_last and batch.step + 1 == lose_at and number % ACCUMULATION == 1:
                     raise DataError("too many samples fail")
-                if distributed.rank() == 1 and batch.step + 1 == stop_at:
+                if is_last and batch.step + 1 == stop_at:
                     stop._handle(signal.SIGUSR1, None)
                 yield batch
 
-    batches = Signalled(order, MICRO, ACCUMULATION, first_step)
+    batches = Signalled(order, micro, ACCUMULATION, first_step)
     config = RunConfig(log_every=log_every, save_every=4, picture_every=5, evaluate_every=3)
-    actions = Actions(save=save, evaluate=calls["evaluate"].append, draw=draw)
+    actions = Actions(finished=calls["finished"].append, save=save, evaluate=calls["evaluate"].append, draw=draw)
     try:
         done = train(engine, batches, order, config, total, ACCUMULATION, monitor, stop, actions)
         error = None
     except (NonFiniteError, DataError) as caught:
         done, error = -1, str(caught)
     monitor.close()
-    weights = {name: value.numpy() for name, value in module.state_dict().items()}
+    weights = {name: value.float().numpy() for name, value in module.state_dict().items()}
     return {"done": done, "error": error, "weights": weights, **calls}
 
 
@@ -133,6 +143,7 @@ def test_everything_happens_when_it_is_due(ranks: list[dict[str, Any]], folder: 
     for rank, results in enumerate(ranks):
         whole = results["whole"]
         assert (whole["done"], whole["error"]) == (TOTAL, None)
+        assert whole["finished"] == list(range(1, TOTAL + 1))
         assert whole["save"] == [4, 8, 9]
         assert whole["evaluate"] == [3, 6]  # the last step's is the caller's
         assert whole["draw"] == ([5] if rank == 0 else [])
@@ -333,7 +344,7 @@ def test_a_signal_to_a_real_run_saves_and_stage_two_starts_from_it(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_CODE, output
     assert "told to stop: saved after step" in output
-    assert checkpoint.latest(first / "checkpoints") is not None
+    assert checkpoint.find(first).parent == first / "checkpoints"
 
     stage_two = ["model.frames=4", "model.frames_kept=2", f"run.init_from={first}", "run.max_steps=3"]
     output = finish(launch([*settings(toy_shards, toy_media, second), *stage_two]))
@@ -378,12 +389,12 @@ def test_a_bad_setting_ends_the_run_with_one_line_that_names_it(
     assert len(lines) == 1 and told in lines[0]
 
 
-def test_checkpoints_without_a_pointer_end_the_run_with_one_line(
+def test_checkpoints_of_which_none_is_whole_end_the_run_with_one_line(
     toy_shards: Path, toy_media: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "old" / "checkpoints" / "step_4").mkdir(parents=True)
     test_a_bad_setting_ends_the_run_with_one_line_that_names_it(
-        toy_shards, toy_media, tmp_path, capfd, f"run.folder={tmp_path / 'old'}", "holds step_4 but `latest` is missing"
+        toy_shards, toy_media, tmp_path, capfd, f"run.folder={tmp_path / 'old'}", "none of step_4 in "
     )
 
 
@@ -392,7 +403,7 @@ def test_data_that_fail_end_the_run_with_one_line(
 ) -> None:
     from smaug_ds import pretrain
 
-    def fail(config: PretrainConfig) -> int:
+    def fail(config: PretrainConfig, watchdog: Watchdog) -> int:
         raise DataError("rank 1: data worker 7\ndied")
 
     monkeypatch.setattr(pretrain, "pretrain", fail)

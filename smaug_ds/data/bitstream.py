@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-
 HIDING_CODECS = frozenset({"vp8", "vp9"})  # whose packets may hold a picture that is not shown
 
 

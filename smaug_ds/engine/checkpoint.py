@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import smaug_ds
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError
+from smaug_ds.engine import elastic
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -93,15 +93,12 @@ def open_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[s
 
     Raises:
         ValueError: there are checkpoints, but not one is whole; the message says what is wrong with the newest.
-        ConfigError: the checkpoint is of another number of ranks.
     """
     candidates = distributed.gather_objects(_candidates(folder))[0]  # as the main rank sees them
     damage: list[str] = []
     for number, name in enumerate(candidates):
         try:
             state = read_state(folder / name)
-        except ConfigError:
-            raise
         except ValueError as error:
             damage.append(str(error))
             continue
@@ -114,41 +111,46 @@ def open_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[s
             distributed.barrier()
         return folder / name, state
     if damage:
-        raise ValueError(f"none of {', '.join(candidates)} in {folder} is whole: {damage[0]}; remove them to start anew")
+        raise ValueError(
+            f"none of {', '.join(candidates)} in {folder} is whole: {damage[0]}; remove them to start anew"
+        )
     return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Verifies a checkpoint and returns the ``state`` that ``save`` was given, with ``step``. All ranks call it.
+    """Verifies a checkpoint and returns the ``state`` that ``save`` was given, with ``step`` and ``world_size``.
 
-    Raises:
-        ValueError: a file is missing or damaged; the message names it.
-        ConfigError: the checkpoint is of another number of ranks.
+    All ranks call it. Raises ValueError naming a file that is missing or damaged.
     """
     verify(checkpoint)
-    state = json.loads((checkpoint / STATE).read_text())
-    if state["world_size"] != distributed.world_size():
-        raise ConfigError(
-            f"run.folder: {checkpoint} is of {state['world_size']} ranks, but this run has {distributed.world_size()}: "
-            f"start it with {state['world_size']}, or give it another run.folder and this one as run.init_from"
-        )
-    return state
+    return json.loads((checkpoint / STATE).read_text())
 
 
 def restore(engine: Any, checkpoint: Path) -> dict[str, Any]:
     """Puts a checkpoint that ``read_state`` has passed into ``engine`` and the random states of this rank.
 
-    The learning rate goes on by the engine's own schedule, which may be longer than the one of the checkpoint.
+    The learning rate goes on by the engine's own schedule, which may be longer than the one of the checkpoint. If the
+    checkpoint is of another number of ranks, its parts are divided anew, see ``elastic``.
     Returns the ``rank_state`` that ``save`` was given.
     """
     from smaug_ds.engine.deepspeed import renew_rate, safe_load
 
-    with safe_load():
-        engine.load_checkpoint(str(checkpoint), tag="engine")
+    state = json.loads((checkpoint / STATE).read_text())
+    if state["world_size"] == distributed.world_size():
+        with safe_load():
+            engine.load_checkpoint(str(checkpoint), tag="engine")
+        rank_state = _read_rank(checkpoint, distributed.rank())
+        set_random_state(rank_state.pop("random"))
+    else:
+        elastic.restore_engine(engine, checkpoint / "engine")
+        rank_state = elastic.merge_rank_states([_read_rank(checkpoint, rank) for rank in range(state["world_size"])])
+        elastic.seed_rank(state["step"])
     renew_rate(engine)
-    rank_state = torch.load(checkpoint / f"rank_{distributed.rank():05d}.pt", map_location="cpu", weights_only=True)
-    set_random_state(rank_state.pop("random"))
     return rank_state
+
+
+def _read_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
+    return torch.load(checkpoint / f"rank_{rank:05d}.pt", map_location="cpu", weights_only=True)
 
 
 def verify(checkpoint: Path) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.text import Tokenizer
 
 # Settings and sections that a checkpoint fixes: a run that went on with others would not be the same run.
 FIXED = (
     "run.seed",
+    "task",
     "batch",
     "model",
     "loss",
@@ -27,7 +29,8 @@ FIXED = (
     "optim.weight_decay",
     "optim.gradient_clip",
 )
-FREE = ("model.vision.checkpoint_every", "model.text.checkpoint_every")  # change memory and time only
+# These change memory and time only; the micro batch, if the pool of negatives stays (``require_pool``).
+FREE = ("batch.micro_size", "model.vision.checkpoint_every", "model.text.checkpoint_every")
 
 
 def fingerprints(corpus: str, tokenizer: Tokenizer) -> dict[str, str]:
@@ -50,6 +53,7 @@ def check_resumable(
     """
     remedy = "set it back, or start anew in another run.folder with run.init_from"
     before, now = flat(state["config"]), flat(config)
+    require_pool(before, now, state["world_size"], checkpoint)
     for key, value in now.items():
         fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED) and key not in FREE
         if fixed and key in before and before[key] != value:
@@ -61,6 +65,19 @@ def check_resumable(
             raise ConfigError(
                 f"{name} is {now[name]}, which holds {what} than {checkpoint} was made with ({before[name]}): {remedy}"
             )
+
+
+def require_pool(before: Mapping[str, Any], now: Mapping[str, Any], ranks: int, checkpoint: Path) -> None:
+    """Raises ConfigError where the pairs that are contrasted at a time are not as many as in ``checkpoint``, made on
+    so many ``ranks``: the losses would be others."""
+    here = distributed.world_size()
+    pool, wanted = now["batch.micro_size"] * here, before["batch.micro_size"] * ranks
+    if pool != wanted:
+        advice = f"set batch.micro_size to {wanted // here}" if wanted % here == 0 else "use another number of ranks"
+        raise ConfigError(
+            f"batch.micro_size is {now['batch.micro_size']} on {here} ranks, so that {pool} pairs are contrasted at a "
+            f"time, but {checkpoint} was made with {before['batch.micro_size']} on {ranks} = {wanted}: {advice}"
+        )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,9 +38,13 @@ class RunConfig:
     picture_every: int = 1000  # steps; 0: never
     evaluate_every: int = 0  # steps; 0: only at the end
     timeout_seconds: float = 1800.0  # a rank that waits longer for the others gives up
+    hang_seconds: float = 1200.0  # without a finished step that end a rank, with the stacks of its threads; 0: never
+    wall_minutes: float = 0.0  # that this start may take; 0: until SLURM_JOB_END_TIME, if it is set
+    stop_minutes: float = 5.0  # before that time is over, the run saves and leaves with code 85
 
     def __post_init__(self) -> None:
-        for name in ("seed", "max_steps", "save_every", "picture_every", "evaluate_every"):
+        counts = ("seed", "max_steps", "save_every", "picture_every", "evaluate_every")
+        for name in (*counts, "hang_seconds", "wall_minutes", "stop_minutes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}: it must be at least 0")
         if self.seed >= 2**31:
@@ -110,6 +114,7 @@ class PretrainConfig:
 class Actions:
     """What the loop does now and then."""
 
+    finished: Callable[[int], object]  # told of every finished step
     save: Callable[[int], object]  # writes the checkpoint of so many finished steps
     evaluate: Callable[[int], object]  # measures the model after so many finished steps
     draw: Callable[[Batch], Mapping[str, np.ndarray]]  # pictures (H, W, 3) uint8; called on the main rank alone
@@ -160,6 +165,7 @@ def train(
                 engine.step()  # updates at the end of the accumulation, and only if the gradient is finite
         if not fp16 and not engine.was_step_applied():
             raise non_finite(step, ["gradient"])
+        actions.finished(done)
 
         # ---- log
         if done % config.log_every == 0 or done == total_steps:

@@ -1,6 +1,7 @@
 """The clips and texts of a split, encoded: each rank its share of the clips, texts dealt out in batches and gathered.
 
-Letters: Q texts, C clips, B rows of one batch, T frames, K tokens of a frame, L text tokens, D width, P projection.
+Letters: Q texts, C clips, B rows of one batch, T frames, K tokens of a frame, S tokens of all texts, D width,
+P projection.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from smaug_ds import distributed
 from smaug_ds.data.sample import Batch, Medium
+from smaug_ds.model.packing import Packing
 from smaug_ds.model.smaug import SmaugModel, TextOutput, VisualOutput
 from smaug_ds.text import Tokenizer
 
@@ -30,6 +33,7 @@ class Clips(NamedTuple):
     medium: Medium
     embedding: NDArray[np.float32]  # (B, P)
     visual: VisualOutput  # tokens only
+    frame_embedding: NDArray[np.float32] | None = None  # (B, T, P) of each frame alone, unit length
 
 
 class Gallery(NamedTuple):
@@ -40,13 +44,23 @@ class Gallery(NamedTuple):
     captions: list[tuple[str, ...]]
     media: list[Medium]
     embedding: NDArray[np.float32]  # (C, P)
+    frame_embedding: NDArray[np.float32] | None = None  # (C, T, P); of an image T times the same
 
 
-def encode_clips(model: SmaugModel, loader: Iterable[Batch]) -> list[Clips]:
-    """All batches of this rank's ``loader``, encoded without a mask."""
+def encode_clips(
+    model: SmaugModel, loader: Iterable[Batch], per_frame: bool = False, with_tokens: bool = True
+) -> list[Clips]:
+    """All batches of this rank's ``loader``, encoded without a mask.
+
+    Without ``with_tokens`` the visual tokens are not kept (K = 0): they are most of what evaluation holds in memory.
+    """
     clips = []
     for batch in progress(loader, "encode"):
         visual = model.encode_frames(batch.frames.to(device_of(model)), None)
+        tokens = visual.tokens if with_tokens else visual.tokens[:, :, :0]
+        where = device_of(model).type
+        if torch.is_autocast_enabled(where):  # the fusion's first layer rounds them all the same
+            tokens = tokens.to(torch.get_autocast_dtype(where))
         clips.append(
             Clips(
                 batch.keys,
@@ -54,16 +68,30 @@ def encode_clips(model: SmaugModel, loader: Iterable[Batch]) -> list[Clips]:
                 batch.all_captions,
                 batch.medium,
                 visual.embedding.float().cpu().numpy(),
-                only_tokens(visual, visual.tokens.cpu()),
+                only_tokens(visual, tokens.cpu()),
+                _embed_frames(model, visual.tokens) if per_frame else None,
             )
         )
     return clips
 
 
+def _embed_frames(model: SmaugModel, tokens: Tensor) -> NDArray[np.float32]:
+    """``tokens`` (B, T, K, D) -> (B, T, P), as if each frame were a clip."""
+    projected = model.vision_projection(tokens[:, :, 0])
+    return F.normalize(projected.float(), dim=-1).cpu().numpy()
+
+
 def gather_gallery(clips: list[Clips]) -> Gallery:
     """Everything but the tokens from all ranks. Each clip has to be on one rank only; there may be none at all."""
     own = [
-        (batch.keys, batch.media_ids, batch.captions, [batch.medium] * len(batch.keys), batch.embedding)
+        (
+            batch.keys,
+            batch.media_ids,
+            batch.captions,
+            [batch.medium] * len(batch.keys),
+            batch.embedding,
+            [None] * len(batch.keys) if batch.frame_embedding is None else batch.frame_embedding,
+        )
         for batch in clips
     ]
     batches = [batch for share in distributed.gather_objects(own) for batch in share]
@@ -71,9 +99,13 @@ def gather_gallery(clips: list[Clips]) -> Gallery:
     rows.sort(key=lambda row: row[0])
     if not rows:
         return Gallery([], np.zeros(0, np.int64), [], [], np.zeros((0, 0), np.float32))
-    keys, media_ids, captions, media, embedding = zip(*rows, strict=True)
+    keys, media_ids, captions, media, embedding, frames = zip(*rows, strict=True)
     assert len(set(keys)) == len(keys), "the loader gave a clip to two ranks, or twice to one"
-    return Gallery(list(keys), np.array(media_ids), list(captions), list(media), np.stack(embedding))
+    frame_embedding = None
+    if frames[0] is not None:
+        most = max(map(len, frames))
+        frame_embedding = np.stack([np.broadcast_to(own, (most, own.shape[1])) for own in frames])
+    return Gallery(list(keys), np.array(media_ids), list(captions), list(media), np.stack(embedding), frame_embedding)
 
 
 def only_tokens(visual: VisualOutput, tokens: Tensor) -> VisualOutput:
@@ -94,40 +126,24 @@ def only_tokens(visual: VisualOutput, tokens: Tensor) -> VisualOutput:
 def encode_texts(
     model: SmaugModel, texts: list[str], tokenizer: Tokenizer, batch_size: int, with_states: bool = True
 ) -> TextOutput:
-    """States (Q, L, D), mask (Q, L) and fp32 embedding (Q, P) of all texts, in host memory of every rank.
+    """Packed states (S, D) and fp32 embedding (Q, P) of all texts, in host memory of every rank.
 
     The batches are fixed and dealt out to the ranks in turn. Without ``with_states`` the states are empty (D = 0),
     for those who need the embedding only.
     """
     device = device_of(model)
-    own: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    own: dict[int, tuple[Tensor, list[int], Tensor]] = {}
     for start in range(distributed.rank() * batch_size, len(texts), distributed.world_size() * batch_size):
         ids = tokenizer.encode(texts[start : start + batch_size], model.config.text.max_length)
-        text = model.encode_text(ids.input_ids.to(device), ids.attention_mask.to(device))
-        states = text.states if with_states else text.states[:, :, :0]
-        own[start] = (states.cpu(), ids.attention_mask, text.embedding.float().cpu())
+        text = model.encode_text(ids.input_ids.to(device), ids.lengths)
+        states = text.states if with_states else text.states[:, :0]
+        own[start] = (states.cpu(), ids.lengths, text.embedding.float().cpu())
     parts = {start: part for share in distributed.gather_objects(own) for start, part in share.items()}
     batches = [parts[start] for start in sorted(parts)]
-    longest = max(mask.shape[1] for _, mask, _ in batches)
     return TextOutput(
-        states=torch.cat([_padded(states, longest) for states, _, _ in batches]),
-        mask=torch.cat([_padded(mask, longest) for _, mask, _ in batches]),
+        states=torch.cat([states for states, _, _ in batches]),
+        packing=Packing.of([length for _, lengths, _ in batches for length in lengths], "cpu"),
         embedding=torch.cat([embedding for _, _, embedding in batches]),
-    )
-
-
-def _padded(rows: Tensor, length: int) -> Tensor:
-    """(B, l, ...) -> (B, length, ...), zeros at the end."""
-    padding = rows.new_zeros((rows.shape[0], length - rows.shape[1], *rows.shape[2:]))
-    return torch.cat([rows, padding], dim=1)
-
-
-def texts_at(texts: TextOutput, rows: Tensor, device: torch.device) -> TextOutput:
-    """Texts ``rows`` on ``device``, cut to the longest of them."""
-    longest = int(texts.mask[rows].sum(dim=1).max())
-    picked = texts.index(rows)
-    return TextOutput(
-        picked.states[:, :longest].to(device), picked.mask[:, :longest].to(device), picked.embedding.to(device)
     )
 
 

@@ -1,12 +1,13 @@
 """Retrieval metrics on score matrices; numpy only.
 
-Letters: Q queries, C candidates. A candidate is relevant to a query when both belong to the same media; a video with
-several captions has several relevant texts, and the best ranked of them counts.
+Letters: Q queries, C candidates, T frames. A candidate is relevant to a query when both belong to the same media; a
+video with several captions has several relevant texts, and the best ranked of them counts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 Scores = NDArray[np.floating]
 Bools = NDArray[np.bool_]
 Ranks = NDArray[np.int64]
+Pooling = Literal["mean", "max", "lse"]
 
 
 @dataclass(frozen=True)
@@ -114,3 +116,37 @@ def rerank(scores: Scores, second: Scores, chosen: Bools) -> NDArray[np.float64]
     lowest = np.where(np.isfinite(lowest), lowest, 0.0)
     below = lowest - 1.0 + scores - scores.max(axis=1, keepdims=True)
     return np.where(chosen, second, below)
+
+
+def pool_frames(scores: Scores, pooling: Pooling, temperature: float = 1.0) -> Scores:
+    """Scores (T, ...) of the frames of a clip, each alone -> one score (...) of the clip.
+
+    ``lse`` is a soft maximum: ``temperature * log(mean(exp(scores / temperature)))``. It differs from the sum of
+    Singularity's ``--eval_frame_ensemble lse`` by a constant, and a clip of equal frames scores like one of them.
+    """
+    if pooling == "mean":
+        return scores.mean(axis=0)
+    greatest = scores.max(axis=0)
+    if pooling == "max":
+        return greatest
+    return greatest + temperature * np.log(np.exp((scores - greatest) / temperature).mean(axis=0))
+
+
+def dual_softmax(scores: Scores, matched: Bools | None = None) -> NDArray[np.float64]:
+    """Log of the softmax over texts times the softmax over videos, (Q, C): what a pair is worth beside all others of
+    both directions (CAMoE, arXiv 2109.04290, in the symmetric form that is in use).
+
+    It looks at all queries of the test at once, which a search engine does not have. Where ``matched`` is given, only
+    these pairs have a score; the others are left out of the sums and come back as -inf.
+    """
+    exact = scores.astype(np.float64)
+    if matched is not None:
+        exact = np.where(matched, exact, -np.inf)
+    return _log_softmax(exact, 0) + _log_softmax(exact, 1)
+
+
+def _log_softmax(scores: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    greatest = scores.max(axis=axis, keepdims=True)
+    greatest = np.where(np.isfinite(greatest), greatest, 0.0)  # a row without any matched pair
+    total = np.exp(scores - greatest).sum(axis=axis, keepdims=True)
+    return scores - greatest - np.log(np.where(total > 0, total, 1.0))

@@ -2,10 +2,9 @@
 
 The protocol is Singularity's (arXiv 2206.03428, section 4): the top ``rerank_depth`` candidates of each query are
 ordered by the match logit alone, the rest follows by cosine. Clips are encoded and matched on the rank that read
-them, so visual tokens never travel; texts are shared out in batches and gathered. What is scored together does not
-depend on the number of ranks.
+them; texts are shared out in batches and gathered. What is scored together does not depend on the number of ranks.
 
-Letters: Q texts, C clips, B clips of one batch, L text tokens, D width, P projection size.
+Letters: Q texts, C clips, T frames, P projection size.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,29 +24,23 @@ from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.data.quarantine import DataError
 from smaug_ds.data.sample import Batch
-from smaug_ds.evaluation.encoding import (
-    Clips,
-    Gallery,
-    device_of,
-    encode_clips,
-    encode_texts,
-    gather_gallery,
-    only_tokens,
-    progress,
-    texts_at,
-)
+from smaug_ds.evaluation.encoding import Gallery, device_of, encode_clips, encode_texts, gather_gallery
+from smaug_ds.evaluation.matching import Candidates, match_pairs, rerank_pairs
 from smaug_ds.evaluation.metrics import (
     Bools,
+    Pooling,
     RetrievalMetrics,
     Scores,
     chance_recall,
+    dual_softmax,
+    pool_frames,
     relevance,
-    rerank,
     retrieval_metrics,
-    top_k,
 )
-from smaug_ds.model.smaug import SmaugModel, TextOutput
+from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
+
+_TEXTS_AT_ONCE = 64  # whose cosines with all frames of all clips are in memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,8 @@ class RetrievalConfig:
     split: Literal["test", "train"] = "test"  # side of the hold-out that is searched
     rerank_depth: int = 128  # candidates of each query that the match logit orders; 0: cosine only
     join_captions: bool = False  # one text of all captions of a clip (paragraph retrieval); else each is a query
+    frame_scores: Literal["joined", "mean", "max", "lse"] = "joined"  # frames together, or each alone and then pooled
+    dual_softmax: bool = False  # softmax over texts times softmax over clips: needs all queries at once
     batch_size: int = 32  # clips encoded at once on a rank
     pair_batch_size: int = 128  # texts encoded, and text-clip pairs matched, at once on a rank
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward pass (autocast); scores are kept in fp32
@@ -67,6 +62,11 @@ class RetrievalConfig:
         for name in ("batch_size", "pair_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"evaluation.{name} is {getattr(self, name)}: it must be at least 1")
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How the scores of single frames become one; None where frames are joined."""
+        return None if self.frame_scores == "joined" else self.frame_scores
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class RetrievalResult(RetrievalMetrics):
         """A few lines for the terminal."""
         lines = [f"{'':22}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>14}"]
         final = f"top {self.protocol['rerank_depth']} reranked" if self.protocol["rerank_depth"] else ""
-        for name, metrics in [("cosine", self.dual_encoder), (final, self)][: 2 if final else 1]:
+        first = "dual softmax" if self.protocol["dual_softmax"] else "cosine"
+        for name, metrics in [(first, self.dual_encoder), (final, self)][: 2 if final else 1]:
             for way, median in [("t2v", metrics.median_rank), ("v2t", metrics.v2t_median_rank)]:
                 recalls = "".join(f"{getattr(metrics, f'{way}_r{k}'):7.2f}" for k in (1, 5, 10))
                 lines.append(f"{way} {name:18}{recalls}{median:14.1f}")
@@ -125,7 +126,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with _precision(model, config):
+        with in_precision(model, config):
             return _evaluate(model, loader, tokenizer, config, checkpoint)
     finally:
         model.train(was_training)
@@ -135,27 +136,43 @@ def _evaluate(
     model: SmaugModel, loader: Iterable[Batch], tokenizer: Tokenizer, config: RetrievalConfig, checkpoint: str
 ) -> RetrievalResult:
     with distributed.agreeing(DataError):
-        clips = encode_clips(model, loader)
+        clips = encode_clips(model, loader, per_frame=config.pooling is not None, with_tokens=config.rerank_depth > 0)
     gallery = gather_gallery(clips)
     if not gallery.keys:
         raise ValueError(f"the {config.split} split has no clips: name data.test, or raise data.holdout")
     owners, texts = _queries(gallery, config)
     encoded = encode_texts(model, texts, tokenizer, config.pair_batch_size, config.rerank_depth > 0)
-    cosine = encoded.embedding.numpy() @ gallery.embedding.T  # (Q, C)
+    temperature = float((-model.logit_scale).exp())
+    scores: Scores = _cosine(encoded.embedding.numpy(), gallery, config.pooling, temperature)
+    if config.dual_softmax:
+        scores = dual_softmax(scores / temperature)
     relevant = relevance(gallery.media_ids[owners], gallery.media_ids)
-    t2v_scores, v2t_scores = cosine, cosine
+    t2v_scores, v2t_scores = scores, scores
     if config.rerank_depth:
-        pairs = _match_pairs(model, clips, encoded, _Candidates.best(cosine, config.rerank_depth), gallery, config)
-        t2v_scores, v2t_scores = _reranked(cosine, distributed.gather_objects(pairs))
+        candidates = Candidates.best(scores, config.rerank_depth)
+        pairs = match_pairs(model, clips, encoded, candidates, gallery.keys, config.pair_batch_size, config.pooling)
+        t2v_scores, v2t_scores = rerank_pairs(scores, pairs, config.dual_softmax)
     return RetrievalResult(
         **dataclasses.asdict(retrieval_metrics(t2v_scores, v2t_scores, relevant)),
         n_texts=len(texts),
         n_videos=len(gallery.keys),
         chance_r1=chance_recall(relevant),
-        dual_encoder=retrieval_metrics(cosine, cosine, relevant),
+        dual_encoder=retrieval_metrics(scores, scores, relevant),
         protocol=_protocol(model, config, gallery, checkpoint),
         details=RetrievalDetails(texts, gallery.keys, relevant, t2v_scores, v2t_scores),
     )
+
+
+def _cosine(texts: NDArray[np.float32], gallery: Gallery, pooling: Pooling | None, temperature: float) -> Scores:
+    """``texts`` (Q, P) with all clips, (Q, C); the cosines of single frames pooled where there are any."""
+    if gallery.frame_embedding is None or pooling is None:
+        return texts @ gallery.embedding.T
+    scores = np.empty((len(texts), len(gallery.keys)), np.float32)
+    frames = gallery.frame_embedding.transpose(1, 2, 0)  # (T, P, C)
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        piece = slice(start, start + _TEXTS_AT_ONCE)
+        scores[piece] = pool_frames(texts[piece] @ frames, pooling, temperature)
+    return scores
 
 
 def _queries(gallery: Gallery, config: RetrievalConfig) -> tuple[NDArray[np.int64], list[str]]:
@@ -165,66 +182,6 @@ def _queries(gallery: Gallery, config: RetrievalConfig) -> tuple[NDArray[np.int6
     return owners, [text for several in captions for text in several]
 
 
-class _Candidates(NamedTuple):
-    """Pairs to be matched, as masks (Q, C)."""
-
-    t2v: Bools  # the best clips of each text
-    v2t: Bools  # the best texts of each clip
-
-    @staticmethod
-    def best(cosine: Scores, depth: int) -> _Candidates:
-        return _Candidates(top_k(cosine, depth), top_k(cosine.T, depth).T)
-
-
-class _Pairs(NamedTuple):
-    """Matched pairs of one rank, each array (pairs,)."""
-
-    text: NDArray[np.int64]
-    clip: NDArray[np.int64]
-    logit: NDArray[np.float32]
-    t2v: Bools  # whether the pair was chosen for its text
-    v2t: Bools  # whether it was chosen for its clip
-
-
-def _match_pairs(
-    model: SmaugModel,
-    clips: list[Clips],
-    texts: TextOutput,
-    candidates: _Candidates,
-    gallery: Gallery,
-    config: RetrievalConfig,
-) -> _Pairs:
-    """Match logits of the candidate pairs whose clip this rank has read."""
-    column = {key: i for i, key in enumerate(gallery.keys)}
-    wanted = candidates.t2v | candidates.v2t
-    device = device_of(model)
-    text_ids, clip_ids, logits = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for batch in progress(clips, "match"):
-        columns = np.array([column[key] for key in batch.keys])
-        rows, queries = np.nonzero(wanted[:, columns].T)  # by clip, then by text
-        visual = only_tokens(batch.visual, batch.visual.tokens.to(device))
-        for start in range(0, len(rows), config.pair_batch_size):
-            piece = slice(start, start + config.pair_batch_size)
-            some_clips = visual.index(torch.from_numpy(rows[piece]).to(device))
-            some_texts = texts_at(texts, torch.from_numpy(queries[piece]), device)
-            logits.append(model.match(some_clips, some_texts).float().cpu().numpy())
-        text_ids.append(queries)
-        clip_ids.append(columns[rows])
-    pairs = np.concatenate(text_ids), np.concatenate(clip_ids)
-    return _Pairs(*pairs, np.concatenate(logits), candidates.t2v[pairs], candidates.v2t[pairs])
-
-
-def _reranked(cosine: Scores, shares: list[_Pairs]) -> tuple[Scores, Scores]:
-    """Scores (Q, C) for text-to-video and for video-to-text from all ranks' pairs."""
-    text, clip, logit, t2v, v2t = (np.concatenate(parts) for parts in zip(*shares, strict=True))
-    match = np.zeros_like(cosine)
-    match[text, clip] = logit
-    # Masks come from the ranks that matched the pairs: an ulp of difference between hosts must not lose a pair.
-    chosen_t2v, chosen_v2t = np.zeros(cosine.shape, bool), np.zeros(cosine.shape, bool)
-    chosen_t2v[text, clip], chosen_v2t[text, clip] = t2v, v2t
-    return rerank(cosine, match, chosen_t2v), rerank(cosine.T, match.T, chosen_v2t.T).T
-
-
 def _protocol(model: SmaugModel, config: RetrievalConfig, gallery: Gallery, checkpoint: str) -> dict[str, Any]:
     weights = str(next(model.parameters()).dtype).removeprefix("torch.")
     rank_by = "match logit among the reranked, cosine below them" if config.rerank_depth else "cosine"
@@ -232,7 +189,8 @@ def _protocol(model: SmaugModel, config: RetrievalConfig, gallery: Gallery, chec
         "split": config.split,
         "media": dict(Counter(gallery.media)),
         "frames": model.config.frames,
-        "frames_kept": model.config.frames_kept,
+        "frames_kept": model.config.frames_kept if config.pooling is None else model.config.frames,
+        "frame_scores": config.frame_scores,
         "image_size": model.config.vision.image_size,
         "sparsified": model.config.vision.sparsify_at_inference and model.config.vision.keep_rate < 1,
         "captions": "joined" if config.join_captions else "each a query",
@@ -240,14 +198,15 @@ def _protocol(model: SmaugModel, config: RetrievalConfig, gallery: Gallery, chec
         "max_text_tokens": model.config.text.max_length,
         "rerank_depth": config.rerank_depth,
         "score": rank_by,
-        "dual_softmax": False,
+        "dual_softmax": config.dual_softmax,
         "ties": "pessimistic",
         "precision": f"{weights} weights, {config.precision} forward pass, fp32 scores",
         "checkpoint": checkpoint,
     }
 
 
-def _precision(model: SmaugModel, config: RetrievalConfig) -> contextlib.AbstractContextManager:
+def in_precision(model: SmaugModel, config: RetrievalConfig) -> contextlib.AbstractContextManager:
+    """Around forward passes: the precision of ``config``."""
     if config.precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device_of(model).type, dtype=torch.bfloat16)

@@ -33,7 +33,7 @@ from smaug_ds.text import Tokenizer
 ENGINE = "engine"
 CARD = "README.md"
 _PREFIXES = ("model.", "")  # of the model's parameters in the engine's module
-_KEPT_STATE = ("step", "config", "fingerprints", "wall_seconds", "version", "commit", "torch", "world_size")
+_KEPT_STATE = ("step", "config", "fingerprints", "answers", "wall_seconds", "version", "commit", "torch", "world_size")
 
 
 def export(source: Path, out: Path, tokenizer: Path | None = None) -> Path:

@@ -56,11 +56,7 @@ class MasterWeights(Mapping[str, Tensor]):
             if wanted != len(ranks):
                 raise ValueError(f"{folder}: rank {rank} was one of {wanted} ranks, but there are {len(ranks)} files")
         self._parts = list(zip(*(state["single_partition_of_fp32_groups"] for state in ranks), strict=True))
-        # Per group: the ranks' optimizer states. With padding, which is at the end and so moves nothing.
-        adam = [
-            [state["base_optimizer_state"]["state"].get(group) for state in ranks] for group in range(len(self._parts))
-        ]
-        self._adam = adam if all(all(group) for group in adam) else None
+        self._adam = [state.get("base_optimizer_state", {}).get("state", {}) for state in ranks]
         self._places = _places(states["param_shapes"], ranks[0].get("param_alignment_paddings"))
         self._require_complete(folder)
         whole = {name: states["module"][name] for name in states["buffer_names"]}
@@ -76,15 +72,15 @@ class MasterWeights(Mapping[str, Tensor]):
 
     def moment(self, name: str, kind: str) -> Tensor | None:
         """A moment of Adam's ("exp_avg", "exp_avg_sq") in the shape of the weight; None before the first step."""
-        if self._adam is None:
-            return None
         place = self._places[self._aliases.get(name, name)]
-        parts = [state[kind] for state in self._adam[place.group]]
+        if not all(place.group in state for state in self._adam):
+            return None
+        parts = [state[place.group][kind] for state in self._adam]  # padded at the end, which moves nothing
         return _flat(parts, place.start, math.prod(place.shape)).view(place.shape)
 
     def steps(self) -> Tensor | None:
         """Steps that Adam has taken, a scalar; None before the first."""
-        return None if self._adam is None else torch.as_tensor(self._adam[0][0]["step"]).detach().clone()
+        return torch.as_tensor(self._adam[0][0]["step"]).detach().clone() if self._adam[0] else None
 
     def __iter__(self) -> Iterator[str]:
         yield from self._places

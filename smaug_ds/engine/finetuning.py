@@ -1,0 +1,170 @@
+"""The tasks of fine-tuning: retrieval, multiple choice (trained as retrieval) and question answering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from smaug_ds import distributed
+from smaug_ds.config import ConfigError, naming
+from smaug_ds.data.loader import EvalLoader
+from smaug_ds.data.mixture import Mixture, open_mixture
+from smaug_ds.data.quarantine import Ledger
+from smaug_ds.data.questions import QuestionAnswer, of_questions
+from smaug_ds.engine.answering import QuestionAnswering
+from smaug_ds.engine.tasks import RetrievalTask, Task
+from smaug_ds.engine.train import PretrainConfig
+from smaug_ds.evaluation import multiple_choice, question_answering
+from smaug_ds.evaluation.asking import Asked, QuestionConfig, answers_to_choose_from, ask, open_asked
+from smaug_ds.evaluation.benchmarks import read_benchmark
+from smaug_ds.model.answers import with_answer_decoder
+from smaug_ds.model.positions import resize_space, resize_time
+from smaug_ds.model.smaug import ModelConfig, SmaugModel
+from smaug_ds.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(PretrainConfig):
+    """All settings of fine-tuning: those of pre-training, the task, and its questions."""
+
+    task: Literal["retrieval", "multiple_choice", "question_answering"] = "retrieval"
+    questions: QuestionConfig = field(default_factory=QuestionConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task == "question_answering" and not self.model.answer_layers:
+            raise ConfigError(
+                "model.answer_layers is 0, but question answering needs the answer decoder: set it, to "
+                f"model.text.fusion_layers = {self.model.text.fusion_layers} as in the paper"
+            )
+
+
+def open_task(config: FinetuneConfig, tokenizer: Tokenizer) -> Task:
+    """The task that ``config.task`` names."""
+    tasks: dict[str, Callable[[FinetuneConfig, Tokenizer], Task]] = {
+        "retrieval": FinetunedRetrieval,
+        "multiple_choice": ChoiceTask,
+        "question_answering": QuestionTask,
+    }
+    return tasks[config.task](config, tokenizer)
+
+
+class FinetunedRetrieval(RetrievalTask):
+    """Contrastive and matching loss, measured by retrieval."""
+
+    config: FinetuneConfig
+
+    def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return fitted(weights, self.config.model)
+
+    def objective(self, model: SmaugModel) -> nn.Module:
+        # what no loss depends on: weight decay would shrink it
+        model.pixel_decoder.requires_grad_(self.config.loss.mvm > 0)
+        model.word_head.requires_grad_(self.config.loss.mlm > 0)
+        return super().objective(model)
+
+
+class ChoiceTask(FinetunedRetrieval):
+    """Trained as retrieval, measured by multiple choice."""
+
+    name = "multiple_choice"
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.held_out, self.asked = _open_test(config, tokenizer, "multiple choice")
+        self.without_evaluation = ""
+
+    def evaluate(self, model: SmaugModel, checkpoint: str) -> tuple[str, dict[str, Any]]:
+        assert self.held_out is not None, "checked in __init__"
+        config = self.config.evaluation
+        result = multiple_choice.evaluate(model, self.held_out, self.asked, self.tokenizer, config, checkpoint)
+        return result.table(), result.report()
+
+
+class QuestionTask:
+    """Answers to questions on the training clips, measured by exact match on those of the test clips."""
+
+    name = "question_answering"
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        questions = config.questions
+        if not questions.train:
+            raise ConfigError("questions.train is empty: name the files of questions on the videos of data.train")
+        mixture = open_mixture(config.data)
+        with naming("questions.train"):
+            asked = ask(questions.train, mixture.corpus, questions.allowed_missing)
+            records = [(one, one.benchmark.questions) for one in asked]
+        pairs: dict[str, list[QuestionAnswer]] = {}
+        for one, own in records:
+            for name, rows in one.rows.items():
+                some = [QuestionAnswer(own[row].question, own[row].answer) for row in rows]
+                pairs.setdefault(name, []).extend(some)
+        self.mixture: Mixture = of_questions(mixture, pairs)
+        answers = [question.answer for _, own in records for question in own]
+        self.answers = answers_to_choose_from(questions, answers)
+        self.without_evaluation = "" if questions.test else "questions.test is empty"
+        if questions.test:
+            self.held_out, self.asked = _open_test(config, tokenizer, "question answering")
+
+    def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return with_answer_decoder(fitted(weights, self.config.model), self.config.model.answer_layers)
+
+    def objective(self, model: SmaugModel) -> nn.Module:
+        return QuestionAnswering(model)
+
+    def state(self) -> dict[str, Any]:
+        return {"answers": self.answers}
+
+    def evaluate(self, model: SmaugModel, checkpoint: str) -> tuple[str, dict[str, Any]]:
+        config = self.config
+        result = question_answering.evaluate(
+            model,
+            self.held_out,
+            self.asked,
+            self.answers,
+            self.tokenizer,
+            config.questions,
+            config.evaluation,
+            checkpoint,
+        )
+        return result.table(), result.report()
+
+
+def _open_test(config: FinetuneConfig, tokenizer: Tokenizer, kind: str) -> tuple[EvalLoader, Asked]:
+    """The clips that ``questions.test`` asks about, and what it asks, which must be of this ``kind``."""
+    files = config.questions.test
+    if len(files) != 1 or not config.data.test:
+        raise ConfigError(
+            f"questions.test is {list(files)} and data.test {list(config.data.test)}: {kind} is evaluated on one file, "
+            "and needs the shards of its videos"
+        )
+    ledger = Ledger(Path(config.run.folder) / "evaluation", distributed.rank())
+    device, allowed = distributed.device(), config.questions.allowed_missing
+    with naming("questions.test"):
+        benchmark = read_benchmark(files[0])
+        if benchmark.task != kind:
+            raise ConfigError(f"questions.test: {files[0]} is a {benchmark.task} file, {kind} is wanted")
+        size = config.evaluation.batch_size
+        return open_asked(
+            benchmark, config.model, config.data, size, tokenizer, device, ledger, allowed_missing=allowed
+        )
+
+
+def fitted(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """``weights`` with the position tables interpolated to the model's number of patches and frames."""
+    changed = dict(weights)
+    patches = config.vision.patches
+    if (name := "vision.position_embedding") in weights and len(weights[name]) != 1 + patches:
+        changed[name] = resize_space(weights[name], patches)
+    if (name := "pixel_decoder.position_embedding") in weights and len(weights[name]) != patches:
+        grid = torch.cat([weights[name][:1], weights[name]])  # it has no class token
+        changed[name] = resize_space(grid, patches)[1:]
+    if (name := "temporal.position_embedding") in weights and len(weights[name]) != config.frames:
+        changed[name] = resize_time(weights[name], config.frames)
+    return changed

@@ -1,0 +1,212 @@
+"""One run from its start or its last checkpoint to its end, whatever is trained in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from smaug_ds import distributed
+from smaug_ds.config import ConfigError, dump, naming, to_dict
+from smaug_ds.data.loader import TrainLoader
+from smaug_ds.data.quarantine import DataError, Failure, Ledger, read_ledgers
+from smaug_ds.data.quarantine import summary as summarise
+from smaug_ds.data.sample import MEDIA
+from smaug_ds.engine import checkpoint
+from smaug_ds.engine.deepspeed import build_engine, zero_stage
+from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
+from smaug_ds.engine.optim import Schedule
+from smaug_ds.engine.pictures import make_pictures
+from smaug_ds.engine.preempt import EXIT_CODE, StopRequest, stop_time
+from smaug_ds.engine.resume import check_resumable, fingerprints
+from smaug_ds.engine.tasks import Task
+from smaug_ds.engine.train import Actions, PretrainConfig, train
+from smaug_ds.engine.watchdog import Watchdog
+from smaug_ds.evaluation.held_out import batch_shape
+from smaug_ds.model.smaug import SmaugModel
+from smaug_ds.text import Tokenizer
+
+REPORTED = (ConfigError, DataError, NonFiniteError)  # errors that all ranks meet and one line explains
+C = TypeVar("C", bound=PretrainConfig)
+
+
+def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]) -> int:
+    """Does or resumes the run that ``config`` describes; returns 0, or 85 when told to stop before the end.
+
+    open_task: makes what is trained and measured out of the config, in which by then the vocabulary's size stands.
+
+    Raises ConfigError for what a setting can mend, DataError when too many samples fail, NonFiniteError when training
+    has diverged.
+    """
+    # ---- environment
+    distributed.init(config.run.timeout_seconds)
+    device, folder = distributed.device(), Path(config.run.folder)
+    with distributed.agreeing(ConfigError):
+        stop_at = stop_time(config.run.wall_minutes, config.run.stop_minutes)
+    stop = StopRequest(folder / "stop" if distributed.is_main() else None, stop_at).install()
+    seed, micro_size = config.run.seed, config.batch.micro_size
+    accumulation = config.batch.accumulation(distributed.world_size())
+
+    # ---- data
+    with distributed.agreeing(ConfigError):
+        with naming("data.tokenizer"):
+            tokenizer = Tokenizer(config.data.tokenizer)
+        config = with_vocabulary(config, tokenizer.vocab_size)
+        task = open_task(config, tokenizer)
+        mixture = task.mixture
+        order = mixture.order(config.batch.global_size, seed, config.data.shuffle_group)
+        config.batch.require({medium: order.samples(medium) for medium in MEDIA})
+        schedule = Schedule.of(config.optim, order.steps_per_epoch, config.run.max_steps)
+        shape = batch_shape(config.model, config.loss.mlm_probability)
+        ledger = Ledger(folder / "quarantine", distributed.rank())
+        loader = TrainLoader(
+            mixture.corpus, order, tokenizer, config.data, shape, seed, micro_size, accumulation, device, ledger
+        )
+        marks = fingerprints(mixture.fingerprint(), tokenizer)
+    if mixture.stocks:
+        say(f"{config.data.corpus}:\n{mixture.table()}")
+    if task.without_evaluation:
+        say(f"no evaluation: {task.without_evaluation}")
+
+    # ---- checkpoint to resume from: looked at before anything slow
+    with distributed.agreeing(ConfigError), naming("run.folder"):
+        require_writable(folder)
+    with naming("run.folder"):
+        latest, state = checkpoint.open_latest(folder / "checkpoints", say) or (None, {})
+    if latest:
+        check_resumable(state, to_dict(config), marks, latest)
+
+    # ---- model
+    torch.manual_seed(seed)
+    model = SmaugModel(config.model)
+    if config.run.init_from and not latest:
+        with distributed.agreeing(ConfigError), naming("run.init_from"):
+            taken = checkpoint.initialise(model, task.start(checkpoint.load_weights(config.run.init_from)))
+        say(f"{config.run.init_from}: {taken}")
+
+    # ---- engine
+    engine = build_engine(task.objective(model), config.run.deepspeed, config.optim, schedule, micro_size, accumulation)
+    torch.manual_seed(seed * 1000 + distributed.rank())  # dropout differs between ranks
+    write_configs(folder, config, engine)
+
+    # ---- resume
+    first_step, seconds = state.get("step", 0), state.get("wall_seconds", 0.0)
+    if distributed.is_main():
+        for path in ledger.path.parent.glob("*.jsonl"):  # of all ranks that the run ever had
+            truncate_lines(path, first_step - 1)
+    distributed.barrier()
+    monitor = Monitor(folder, device, schedule.total_steps, order.global_batch, first_step, seconds)
+    if latest:
+        rank_state = checkpoint.restore(engine, latest)
+        loader.load_state_dict(state["loader"])
+        loader.honour([Failure.from_dict(failure) for failure in state["quarantine"]])
+        monitor.meters.load_state_dict(rank_state["meters"], device)
+        say(f"resumed from {latest}")
+
+    # ---- loop
+    def quarantined() -> list[Failure]:
+        return read_ledgers(ledger.path.parent) if distributed.is_main() else []
+
+    def save(step: int) -> None:
+        failures = quarantined()
+        monitor.scalars(step, summarise(failures))
+        run_state = {
+            "loader": loader.state_dict(),
+            "fingerprints": marks,
+            "quarantine": [dataclasses.asdict(failure) for failure in failures],
+            "wall_seconds": monitor.wall_seconds(),
+            "config": to_dict(config),
+            **task.state(),
+        }
+        own = {"meters": monitor.meters.state_dict()}
+        keep = config.run.keep_checkpoints
+        checkpoint.save(engine, folder / "checkpoints", step, run_state, own, model, to_dict(config.model), keep)
+
+    def evaluate(step: int) -> dict[str, Any]:
+        if task.without_evaluation:
+            return {}
+        told, report = task.evaluate(model, f"{folder} ({step} steps)")
+        say(told)
+        monitor.scalars(step, {f"{task.name}/{k}": v for k, v in report.items() if isinstance(v, (int, float))})
+        return report
+
+    steps_told = f"{order.steps_per_epoch} steps of {order.global_batch} per epoch, {schedule.total_steps} in all"
+    say(f"{len(mixture.corpus)} samples, {steps_told}; decoder {loader.decoder}")
+    if accumulation > 1 and task.name != "question_answering":
+        at_once = micro_size * distributed.world_size()
+        say(
+            f"contrastive and matching losses see batch.micro_size * ranks = {at_once} pairs at a time "
+            f"(accumulation {accumulation} does not widen them)"
+        )
+    actions = Actions(
+        finished=watchdog.finished, save=save, evaluate=evaluate, draw=lambda batch: make_pictures(model, batch)
+    )
+    with loader, watchdog.watching(first_step):
+        steps = train(engine, loader, order, config.run, schedule.total_steps, accumulation, monitor, stop, actions)
+    stop.clear()
+    if steps < schedule.total_steps:
+        say(f"told to stop: saved after step {steps} of {schedule.total_steps}, start it again to go on")
+        monitor.close()
+        return EXIT_CODE
+
+    # ---- what came of it
+    failures = quarantined()
+    if failures:
+        counts = ", ".join(f"{name.partition('/')[2]} {count:.0f}" for name, count in summarise(failures).items())
+        say(f"quarantine: {counts}; see {ledger.path.parent}")
+    summary = {
+        **monitor.summary(),
+        "world_size": distributed.world_size(),
+        "zero_stage": zero_stage(engine),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "decoder": str(loader.decoder),
+        "quarantined": int(summarise(failures)["quarantine/samples"]),
+        task.name: evaluate(steps),
+    }
+    if distributed.is_main():
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    monitor.close()
+    return 0
+
+
+def with_vocabulary(config: C, vocab_size: int) -> C:
+    """The config with the tokenizer's vocabulary size in ``model.text.vocab_size``; ConfigError if it names another."""
+    text = config.model.text
+    if text.vocab_size not in (0, vocab_size):
+        raise ConfigError(
+            f"model.text.vocab_size is {text.vocab_size}, but data.tokenizer {config.data.tokenizer} has {vocab_size} "
+            "entries: leave out model.text.vocab_size or name the tokenizer that belongs to it"
+        )
+    text = dataclasses.replace(text, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+
+
+def require_writable(folder: Path) -> None:
+    """Makes the run folder. Raises ValueError or OSError when it is a file or nothing can be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def write_configs(folder: Path, config: PretrainConfig, engine: Any) -> None:
+    """Leaves the whole run config and the whole DeepSpeed config in the run folder."""
+    if distributed.is_main():
+        dump(config, folder / "config.yaml")
+        (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=2) + "\n", encoding="utf-8")
+    distributed.barrier()
+
+
+def say(text: str) -> None:
+    """Prints on the main rank, above a progress bar if there is one."""
+    if distributed.is_main():
+        tqdm.write(text)
+        sys.stdout.flush()
