@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smaug_ds.data.draw import centre_crop
-from smaug_ds.data.video import MediaError, Video, choose_frames
+from smaug_ds.data.media import MediaError
+from smaug_ds.data.video import Video, choose_frames
 from smaug_ds.model.pretrained import resolve
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer

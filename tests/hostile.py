@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from smaug_ds.data.index import Corpus
+from smaug_ds.data.media import MediaError
 from smaug_ds.data.sample import Sample
 from smaug_ds.data.shard import Entry
-from smaug_ds.data.video import MediaError
 
 
 class HostileCorpus(Corpus):

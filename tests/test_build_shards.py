@@ -12,9 +12,10 @@ import webdataset
 
 from smaug_ds.data.annotations import describe_source, read_lists
 from smaug_ds.data.index import Corpus, ShardIndex
+from smaug_ds.data.media import MediaError
 from smaug_ds.data.sample import Sample
 from smaug_ds.data.shard import ShardError
-from smaug_ds.data.video import MediaError, probe
+from smaug_ds.data.video import probe
 from tests.conftest import ROOT
 from tests.shards import crawled, make_clip, make_image, write_tar
 from tools.build_shards import build
@@ -189,3 +190,11 @@ def test_hostile_media_are_taken_or_left_as_the_probe_says(shared_data: Path, tm
             assert name in rejected
         else:
             assert kept[name].captions == (name,)
+
+
+def test_captions_without_a_word_are_left_out_of_a_build(media: Path, tmp_path: Path) -> None:
+    rows = [{"image": "0.png", "caption": ["...", "a dog"]}, {"image": "1.png", "caption": "?!"}]
+    (media / "dots.json").write_text(json.dumps(rows))
+    report = build([media / "dots.json"], media, tmp_path / "out")
+    assert (report.index.samples, report.rejects) == (1, {"no_caption": 1})
+    assert samples_of(tmp_path / "out")[0].captions == ("a dog",)

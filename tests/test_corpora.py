@@ -291,3 +291,12 @@ def test_a_long_list_is_not_held_in_memory(tmp_path: Path) -> None:
 
 def test_every_format_is_described() -> None:
     assert re.findall(r"^(\w+)  ", corpora.__doc__ or "", re.M) == list(corpora.READERS)
+
+
+@pytest.mark.parametrize(
+    ("form", "start"), [("jsonl", '{"image": '), ("singularity", '[{"image": '), ("coco", '{"images": '), ("vg", "[")]
+)
+def test_json_nested_without_end_is_a_bad_file(tmp_path: Path, form: str, start: str) -> None:
+    path = write(tmp_path / "deep.json", start + "[" * 200_000 + "\n")
+    with pytest.raises(SourceError, match=r"deep\.json"):
+        read(path, form=form)

@@ -27,12 +27,13 @@ from smaug_ds.data.draw import centre_crop
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.indexing import build_index
 from smaug_ds.data.loader import TrainLoader
+from smaug_ds.data.media import MediaFacts
 from smaug_ds.data.order import Order
 from smaug_ds.data.quarantine import Ledger, read_ledgers
 from smaug_ds.data.reader import EvalReader
 from smaug_ds.data.rescue import finish as finish_batch
 from smaug_ds.data.sample import Batch, BatchShape, Sample
-from smaug_ds.data.video import MediaFacts, Video, probe
+from smaug_ds.data.video import Video, probe
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.losses import LossConfig
 from smaug_ds.text import Tokenizer
@@ -240,7 +241,7 @@ def test_culprits_are_found_and_the_others_stay(corpus: Corpus, tokenizer: Token
         failures += raw.failures
     assert {failure.key for failure in failures} == {"small0", "small1", "small2"}
     assert all(failure.stage == "dali" and failure.replaced_by == failure.name for failure in failures)
-    assert {failure.name for failure in failures} == reader.pyav_only
+    assert {failure.sample for failure in failures} == reader.pyav_only
 
 
 def test_changing_sizes_do_not_pile_up_memory(decoder: Decoder) -> None:

@@ -19,14 +19,16 @@ from smaug_ds.data.clip import PackedClips, make_clip
 from smaug_ds.data.config import DataConfig
 from smaug_ds.data.dali import Pixels
 from smaug_ds.data.draw import Draws, random_resized_crop
+from smaug_ds.data.image import decode_image
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.indexing import build_index
 from smaug_ds.data.loader import TrainLoader
+from smaug_ds.data.media import MediaError, MediaFacts
 from smaug_ds.data.order import Order, sample_generator, slots, stable_hash
 from smaug_ds.data.quarantine import Failure, Ledger, read_ledgers
 from smaug_ds.data.sample import Batch, BatchShape, Medium
 from smaug_ds.data.shard import medium_of
-from smaug_ds.data.video import MediaError, MediaFacts, Video, decode_image
+from smaug_ds.data.video import Video
 from smaug_ds.text import Tokenizer
 from tests.launching import finish, launch, settings
 from tests.shards import write_tar

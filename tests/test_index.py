@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,10 +17,12 @@ import pytest
 from smaug_ds.data import indexing, scanning
 from smaug_ds.data.index import SAMPLE_DTYPE, Corpus, ShardIndex
 from smaug_ds.data.indexing import build_index, read_report
+from smaug_ds.data.media import MediaFacts
 from smaug_ds.data.order import stable_hash
+from smaug_ds.data.quarantine import DataError
 from smaug_ds.data.sample import MEDIA, Sample
 from smaug_ds.data.shard import MAX_CAPTION_LENGTH, MAX_TEXT_BYTES, SampleError, ShardError, choose_captions
-from smaug_ds.data.video import MediaFacts, probe
+from smaug_ds.data.video import probe
 from tests.shards import crawled, make_clip, make_image, write_tar
 
 
@@ -93,6 +96,8 @@ def test_keys_in_folders_upper_case_suffixes_and_long_names(tmp_path: Path) -> N
         (b"one", {"captions": ["one", " two ", "", 3]}, ("one", "two"), False),
         (b"one", {"captions": []}, ("one",), True),
         ("Käse".encode(), {}, ("Käse",), True),
+        (b"...", {"caption": "from json"}, ("from json",), False),
+        (None, {"captions": ["?!", "one", " - / "]}, ("one",), False),
     ],
 )
 def test_captions_of_several_then_txt_then_json(
@@ -106,6 +111,8 @@ def test_captions_of_several_then_txt_then_json(
     [
         (None, {}, "no_caption"),
         (b"", {"caption": None}, "no_caption"),
+        (b"...", {"captions": ["?!", " - / "], "caption": "(*)"}, "no_caption"),
+        (b"...", {"caption": "x" * (MAX_CAPTION_LENGTH + 1)}, "caption_too_long"),
         ("Käse".encode("latin-1"), {}, "caption_not_utf8"),
         (None, {"caption": "\ud800"}, "caption_not_utf8"),
     ],
@@ -284,6 +291,45 @@ def test_a_tar_that_shrinks_or_goes_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(path, 1100)
     with pytest.raises(ShardError, match=r"0\.tar ends at byte 1100, but sample a goes to byte"):
         index.read_sample(index.entry(0))
+
+
+def test_a_handle_that_went_stale_is_opened_anew(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", crawled("a", make_image(1), "jpg", "caption a"))
+    build_index(tmp_path)
+    index = ShardIndex.open(tmp_path)
+    expected = read_all(index)
+    stale = os.open(tmp_path / "other", os.O_CREAT | os.O_WRONLY)  # every read of it fails
+    os.dup2(stale, index._shard_file(str(path))._descriptor)
+    os.close(stale)
+    assert read_all(index) == expected
+
+
+def test_an_index_that_can_no_longer_be_read_is_no_samples_failure(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", crawled("a", make_image(1), "jpg", "caption a"))
+    build_index(tmp_path)
+    index = ShardIndex.open(tmp_path)
+    os.truncate(tmp_path / "index" / "samples.npy", 130)
+    with pytest.raises(DataError, match=r"samples\.npy was cut short"):
+        index.entry(0)
+    unreadable = os.open(tmp_path / "other", os.O_CREAT | os.O_WRONLY)
+    os.dup2(unreadable, index._samples._descriptor)
+    os.close(unreadable)
+    with pytest.raises(DataError, match=r"samples\.npy can no longer be read"):
+        index.entry(0)
+
+
+def test_an_index_made_anew_is_not_taken_for_the_one_in_use(tmp_path: Path) -> None:
+    """A worker that is replaced would take other samples for those of the order, and their failures for theirs."""
+    write_tar(tmp_path / "1.tar", crawled("old", make_image(1), "jpg", "caption a"))
+    build_index(tmp_path)
+    corpus = Corpus.open([tmp_path], 0.0, "train")
+    pickled = pickle.dumps(corpus)
+    build_index(tmp_path)  # of the same tars
+    assert pickle.loads(pickled).entry("image", 0, 0) == corpus.entry("image", 0, 0)
+    write_tar(tmp_path / "0.tar", crawled("new", make_image(2), "jpg", "caption b"))
+    build_index(tmp_path)
+    with pytest.raises(ShardError, match=f"{tmp_path} was indexed anew while it is in use"):
+        pickle.loads(pickled)
 
 
 def test_all_bad_tars_are_named_and_can_be_skipped(tmp_path: Path) -> None:
@@ -486,3 +532,59 @@ def test_bad_arguments_of_a_corpus_are_named(tmp_path: Path) -> None:
     folder = captioned(tmp_path, 1, 1)
     with pytest.raises(ShardError, match=r"data\.holdout is 1\.5"):
         Corpus.open([folder], 1.5, "train")
+
+
+# --- what tars of others may hold ---
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rotation": -90}, {"rotation": 45}, {"width": -1}, {"width": 0}, {"frames": 5 * 10**9}, {"key_frames": -1},
+        {"duration_s": float("nan")}, {"fps": float("inf")}, {"fps": 1e300}, {"declared_frames": 2**70},
+    ],
+)  # fmt: skip
+def test_facts_that_no_probe_gives_are_not_believed(tmp_path: Path, wrong: dict) -> None:
+    clip = make_clip(10)
+    facts = probe(clip, "mp4")
+    believed = vars(facts) | {"frames": 77, "declared_frames": 77}
+    members = [
+        *crawled("a", clip, "mp4", "a dog", media_facts=vars(facts) | wrong),
+        *crawled("b", clip, "mp4", "a dog", media_facts=believed),
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    assert build_index(tmp_path).samples == 2
+    index = ShardIndex.open(tmp_path)
+    assert vars(index.entry(0).facts) == pytest.approx(vars(facts))
+    assert index.entry(1).facts.frames == 77  # possible facts are taken as they stand
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "a.txt", "a.jpg"), ("a.jpg", "a.txt", "a.jpg", "a.txt")])
+def test_a_key_twice_in_a_row_is_not_guessed_at(tmp_path: Path, names: tuple[str, ...]) -> None:
+    data = {"jpg": make_image(10), "txt": b"a dog"}
+    members = [(name, data[name[2:]]) for name in names]
+    write_tar(tmp_path / "0.tar", [*members, *crawled("b", make_image(1), "jpg", "a cat")])
+    report = build_index(tmp_path)
+    assert (report.samples, report.rejects) == (1, {"duplicate_key": 1})
+    assert [sample.captions for sample in read_all(ShardIndex.open(tmp_path))] == [("a cat",)]
+
+
+def test_json_nested_without_end_is_one_bad_sample(tmp_path: Path) -> None:
+    members = [("a.jpg", make_image(1)), ("a.txt", b"a dog"), ("a.json", b'{"x": ' + b"[" * 200_000)]
+    write_tar(tmp_path / "0.tar", [*members, *crawled("b", make_image(1), "jpg", "a cat")])
+    assert build_index(tmp_path).rejects == {"json_invalid": 1}
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "0.tar", crawled("a", make_image(1), "jpg", "a dog"))
+
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refused)  # tests may run as root, who may write everywhere
+        with pytest.raises(ShardError, match=rf"cannot write into {tmp_path}: Permission denied .*\.index\.partial"):
+            build_index(tmp_path)
+    (tmp_path / ".index.partial").write_bytes(b"")
+    with pytest.raises(ShardError, match=f"cannot write into {tmp_path}: File exists"):
+        build_index(tmp_path)

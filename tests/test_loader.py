@@ -30,6 +30,7 @@ from smaug_ds.data.clip import Window
 from smaug_ds.data.config import DataConfig
 from smaug_ds.data.dali import Decoder, graph
 from smaug_ds.data.draw import Draws, centre_crop, random_resized_crop
+from smaug_ds.data.image import decode_image
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.loader import EvalLoader, TrainLoader
 from smaug_ds.data.order import Order, sample_generator, stable_hash
@@ -37,7 +38,7 @@ from smaug_ds.data.quarantine import DataError, Ledger, read_ledgers
 from smaug_ds.data.reader import TrainReader
 from smaug_ds.data.sample import Batch, BatchShape
 from smaug_ds.data.shard import Entry
-from smaug_ds.data.video import Video, choose_frames, decode, decode_image
+from smaug_ds.data.video import Video, choose_frames, decode
 from smaug_ds.text import IGNORED, Tokenizer
 
 SHAPE = BatchShape(frames=3, image_size=32, patches=16, max_text_length=24, mlm_probability=0.15)
@@ -173,7 +174,10 @@ def test_resume(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
     third = make_loader(corpus, tokenizer, tmp_path)
     with third:
         assert_same(next(iter(third)), whole[0])
+        ended = iter(third)
+        next(ended)
         assert_same(next(iter(third)), whole[0])  # a second iteration begins where the state says
+        assert not list(ended)  # and ends the first
 
 
 def overwrite(entry: Entry, media: bytes) -> None:
@@ -342,7 +346,10 @@ def test_an_error_of_the_graph_itself_is_raised(
 def test_too_many_failures_stop_the_run(damaged: tuple[Corpus, set[str]], tokenizer: Tokenizer, tmp_path: Path) -> None:
     corpus, _ = damaged
     impatient = dataclasses.replace(CONFIG, max_consecutive_failures=1)
-    with pytest.raises(DataError, match=r"data\.max_consecutive_failures is 1; see .*quarantine\.0\.jsonl"):
+    with pytest.raises(
+        DataError,
+        match=r"^1 candidates .* data\.max_consecutive_failures is 1; 0 samples .* see .*quarantine\.0\.jsonl",
+    ):
         take(make_loader(corpus, tokenizer, tmp_path, impatient), 40)
     assert len(read_ledgers(tmp_path)) == 1
 

@@ -117,13 +117,23 @@ def test_sets_of_the_same_size_are_shuffled_differently() -> None:
     assert sorted(rows[False]) == sorted(rows[True]) and rows[False] != rows[True]
 
 
-def test_replacements_stay_in_their_set() -> None:
+def test_replacements_stay_in_their_set_for_a_while() -> None:
     order = Order(SIZES, global_batch=16, seed=4, group=2, sets=SETS)
     for position in range(60):
-        places = [order.candidate("video", position, attempt) for attempt in range(9 + 8)]
-        assert len({set_of(shard) for shard, _ in places}) == 1
-        if set_of(places[0][0]) == 1:
-            assert len(set(places)) == 17  # every sample of the set, once
+        places = [order.candidate("video", position, attempt) for attempt in range(300)]
+        assert len({set_of(shard) for shard, _ in places[:5]}) == 1 and len(set(places[:5])) == 5
+        assert {set_of(shard) for shard, _ in places[5:9]} == {0, 1, 2, 3}  # then all sets in turn
+        reached = {place for place in places if set_of(place[0]) == 1}
+        assert len(reached) == 9 + 8  # every sample of a set
+
+
+def test_a_set_of_one_bad_sample_is_replaced_from_the_others() -> None:
+    order = Order({"video": [1, 50]}, 8, seed=0, sets=[SetShards(0, 1, 5.0), SetShards(1, 2)])
+    alone = [position for position in range(55) if order.locate("video", position)[1] == 0]
+    assert len(alone) == 5
+    for position in alone:
+        assert order.candidate("video", position, 0) == (0, 0)
+        assert order.candidate("video", position, 1)[0] == 1
 
 
 def test_media_steps_follow_the_draws() -> None:
@@ -252,10 +262,12 @@ SETS_THAT_FAIL = {
         "sets: [{name: gone, shards: [gone], allowed_shortfall: 0.5}]",
         "set gone: folder .* does not exist",
     ),
+    "a folder without tars": ("sets: [{name: a, shards: [.]}]", "set a: folder .* holds no .tar file"),
     "nothing at all": ("sets: [{name: gone, shards: [gone], allowed_shortfall: 1}]", "not one of its sets is on disk"),
     "no sets": ("root: somewhere", "sets is empty"),
     "a name twice": ("sets: [{name: a, shards: [clips]}, {name: a, shards: [few]}]", "set a occurs 2 times"),
     "no folders": ("sets: [{name: a, shards: []}]", "set a: shards is empty"),
+    "an endless weight": ("sets: [{name: a, shards: [few], weight: 1e400}]", r"sets\[0\]\.weight: expected a number"),
     "a weight of 0": ("sets: [{name: a, shards: [few], weight: 0}]", r"set a: weight is 0\.0"),
     "an unknown key": (
         "sets: [{name: a, shards: [few], wieght: 2}]",

@@ -11,7 +11,8 @@ import pytest
 from av.bitstream import BitStreamFilterContext
 
 from smaug_ds.data import nvdec
-from smaug_ds.data.video import MediaFacts, Video, decode, probe
+from smaug_ds.data.media import MediaFacts
+from smaug_ds.data.video import Video, decode, probe
 from tests.clips import moving_clip
 
 
@@ -100,3 +101,18 @@ def test_damaged_parameters_are_left_to_pyav() -> None:
         results.add(type(nvdec.uncropped("h264", bytes(changed))))
     assert results <= {type(None), bytes} and type(None) in results
     assert nvdec.uncropped("h264", b"not a file") is None
+
+
+def test_a_title_that_is_not_utf8() -> None:
+    named = io.BytesIO()
+    with av.open(io.BytesIO(moving_clip("h264", 1, (160, 100), frames=3))) as source, av.open(named, "w", "mp4") as out:
+        out.metadata["title"] = "XXXXcafe"
+        track = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = track
+                out.mux(packet)
+    media = named.getvalue().replace(b"XXXXcafe", b"XXXXcaf\xe9")
+    assert b"caf\xe9" in media
+    changed = nvdec.uncropped("h264", media)
+    assert changed is not None and probe(changed, "mp4").height == 112

@@ -23,6 +23,7 @@ from smaug_ds.data.quarantine import (
     Failure,
     Ledger,
     known_bad,
+    merge,
     pyav_only,
     read_ledgers,
     summary,
@@ -152,15 +153,16 @@ def test_what_is_honoured() -> None:
 
     failures = [
         failure("decode", 0),
-        failure("time", 1),
+        failure("time", 1),  # it may have been slow
         failure("crash", 2, None),
         failure("read", 3),  # the storage may be back
         failure("dali", 4),  # PyAV could not decode it either
         failure("dali", 5, "a.tar/k5"),
         failure("decode", 6, place=False),
     ]
-    assert known_bad(failures) == {Place("video", 0, row) for row in (0, 1, 2, 4)}
-    assert pyav_only(failures) == {"a.tar/k5"}
+    assert known_bad(failures) == {Place("video", 0, row) for row in (0, 2, 4)}
+    assert pyav_only(failures) == {Place("video", 0, 5)}  # wherever the tars lie by then
+    assert pyav_only([dataclasses.replace(failures[5], place=None)]) == {"a.tar/k5"}
     figures = summary([*failures, failures[0]])
     assert figures == {
         "quarantine/decode": 3,
@@ -184,6 +186,24 @@ def test_samples_that_pyav_decodes_do_not_count_as_lost(toy_shards: Path, tokeni
         loader._account(dataclasses.replace(raw, failures=[dataclasses.replace(refused, replaced_by="a.tar/other")]))
 
 
+def test_the_error_counts_the_candidates_of_the_place_that_stayed_empty(
+    toy_shards: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    corpus = Corpus.open([toy_shards / "train"], holdout=0.0, split="train")
+    loader = make_loader(corpus, tokenizer, tmp_path, dataclasses.replace(CONFIG, workers=0))
+    replaced = Failure(3, 40, Place("video", 0, 1), "a.tar", "k1", "decode", "broken", "a.tar/k2")
+    first, second = (Failure(3, 41, Place("video", 0, row), "a.tar", f"k{row}", "decode", "broken") for row in (3, 4))
+    refused = dataclasses.replace(first, stage="dali")  # and then PyAV could not decode it either
+    elsewhere = dataclasses.replace(refused, position=39, place=Place("video", 0, 9))  # the batch has no row of it now
+    loader.honour([dataclasses.replace(first, place=Place("video", 1, row)) for row in range(7)])
+    raw = dataclasses.replace(loader._reader[0], batch=None, step=3)
+    told = r"2 candidates for one place of step 3 failed in a row, .* 7 samples are known to be bad and were not tried"
+    with pytest.raises(DataError, match=told):
+        loader._account(dataclasses.replace(raw, failures=[refused, elsewhere, replaced, first, second]))
+    with pytest.raises(DataError, match=r"^0 candidates for one place"):
+        loader._account(dataclasses.replace(raw, failures=[replaced]))
+
+
 def test_budget() -> None:
     budget = Budget(share=0.25, window=8)
     assert budget.spend(4, 4)  # too early to judge
@@ -199,6 +219,21 @@ def test_ledgers_of_all_ranks_are_read_together(tmp_path: Path) -> None:
     Ledger(tmp_path, rank=0).write(late)
     Ledger(tmp_path, rank=1).write(early)
     assert read_ledgers(tmp_path) == [early, late]
+
+
+def test_merged_failures_count_once(tmp_path: Path) -> None:
+    first = Failure(1, 1, Place("video", 3, 4), "a.tar", "k1", "decode", "broken", replaced_by="a.tar/k2")
+    second, third = (dataclasses.replace(first, position=position) for position in (2, 3))
+    assert merge([third, first, second, first, third]) == [first, second, third]
+    assert merge([]) == []
+
+
+def test_ledger_takes_what_no_encoding_spells(tmp_path: Path) -> None:
+    """Names in a tar and paths need not be UTF-8; Python shows their bytes as lone surrogates."""
+    odd = Failure(1, 1, Place("image", 0, 1), "/caf\udce9/0.tar", "k\u2028", "read", "found \udcff.jpg", "caf\udce9/k")
+    Ledger(tmp_path, 0).write(odd)
+    Ledger(tmp_path, 0).write(dataclasses.replace(odd, step=2))
+    assert read_ledgers(tmp_path) == [odd, dataclasses.replace(odd, step=2)]
 
 
 def test_half_a_line_of_a_killed_run_spoils_nothing(tmp_path: Path) -> None:

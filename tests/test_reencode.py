@@ -17,11 +17,13 @@ from PIL import Image
 
 from smaug_ds.data.corpora import Reading
 from smaug_ds.data.gain import estimate, frames_to_decode
+from smaug_ds.data.image import decode_image
 from smaug_ds.data.index import ShardIndex
+from smaug_ds.data.media import MediaError
 from smaug_ds.data.reencode import Reencoding, reencode
 from smaug_ds.data.shard import ShardError
 from smaug_ds.data.sharding import build
-from smaug_ds.data.video import MediaError, Video, all_frames, decode, decode_image, probe
+from smaug_ds.data.video import Video, all_frames, decode, probe
 from tests.conftest import ROOT
 from tests.shards import make_image
 

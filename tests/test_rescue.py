@@ -173,7 +173,7 @@ def test_training_batches_are_those_of_pyav_alone(corpus: Corpus, tokenizer: Tok
         assert (failure.replaced_by == failure.name) == failure.key.startswith("h264")
         assert failure.replaced_by is not None
         assert ("Failed to" in failure.reason) or ("decoder" in failure.reason.lower())
-    assert rank.pyav_only == {failure.name for failure in failures}
+    assert rank.pyav_only == {failure.place for failure in failures}
     assert not worker.pyav_only
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -14,12 +15,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smaug_ds.data.index import ShardIndex
 from smaug_ds.data.indexing import build_index
-from smaug_ds.data.parallel import on_processes, room_in
+from smaug_ds.data.parallel import alone_in, on_processes, room_in
 from smaug_ds.data.shard import ShardError
 from smaug_ds.data.sharding import build
 from tests.conftest import ROOT
@@ -154,9 +156,102 @@ def test_another_command_on_a_started_or_finished_build_is_refused(
     assert (again.made, again.index, again.rejects) == (0, report.index, report.rejects)
 
 
+@pytest.mark.parametrize("gone", [{"plan.jsonl", "00000.json"}, {"plan.json"}, {"plan.jsonl", "bad_rows.jsonl"}, None])
+def test_a_build_killed_while_it_clears_up_is_finished(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: set[str] | None
+) -> None:
+    """A folder is removed file by file in any order: ``gone`` are those that went before the kill, None: all."""
+    arguments = ([media / "list.json"], media, tmp_path / "out")
+    remove = shutil.rmtree
+
+    def killed(path: Path, *rest: object, **named: object) -> None:
+        if Path(path).name != ".build":
+            return remove(path, *rest, **named)
+        for file in list(Path(path).iterdir()):
+            if gone is None or file.name in gone:
+                file.unlink()
+        if gone is None:
+            Path(path).rmdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        build(*arguments, samples_per_shard=6)
+    report = build(*arguments, samples_per_shard=6)
+    assert (report.made, report.index.samples, report.rejects) == (0, 11, {"missing": 1})
+    build([media / "list.json"], media, tmp_path / "whole", samples_per_shard=6)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["media", "out", "whole"]
+
+
+def test_the_lock_is_held_until_the_folder_is_in_place(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command tries before and after every removal and move of the last phase."""
+    arguments = ([media / "list.json"], media, tmp_path / "out")
+    tried = []
+
+    def watched(function: Callable) -> Callable:
+        def call(*paths: object, **named: object) -> object:
+            attempt(f"before {function.__name__}")
+            function(*paths, **named)
+            attempt(f"after {function.__name__}")
+
+        return call
+
+    def attempt(moment: str) -> None:
+        if (tmp_path / "out.partial" / "report.json").exists():
+            with pytest.raises(ShardError, match="another command is at work"), alone_in(tmp_path / "out.partial"):
+                pass
+            tried.append(moment)
+
+    with monkeypatch.context() as patch:
+        for module, name in ((shutil, "rmtree"), (os, "replace")):
+            patch.setattr(module, name, watched(getattr(module, name)))
+        build(*arguments)
+    assert tried[-3:] == ["before rmtree", "after rmtree", "before replace"]
+    assert sorted(os.listdir(tmp_path)) == ["media", "out"]
+
+
+def test_a_lock_that_was_removed_keeps_nobody_out_and_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def after_the_other_has_ended(file: Any, operation: int) -> None:
+        flock(file, operation)
+        (tmp_path / "work" / "lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other_has_ended)
+    with pytest.raises(ShardError, match="another command is at work"), alone_in(tmp_path / "work"):
+        pass
+
+
+def test_changed_sources_are_another_build(media: Path, tmp_path: Path) -> None:
+    """The second text of SBU, captions of a folder; what the build itself writes into that folder does not count."""
+    urls, captions = media / "sbu_urls.txt", media / "sbu_captions.txt"
+    urls.write_text("http://x/0.png\nhttp://x/1.png\n")
+    captions.write_text("a dog\na cat\n")
+    sbu = ([urls], media, tmp_path / "sbu")
+    build(*sbu, media_name="{basename}")
+    build(*sbu, media_name="{basename}")
+    captions.write_text("a dog\na cow\n")
+    with pytest.raises(ShardError, match="sbu holds a build with lists"):
+        build(*sbu, media_name="{basename}")
+    folder = media / "files"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.png").write_bytes(make_image(1, "png"))
+    (folder / "deep" / "a.txt").write_text("a dog")
+    assert build([folder], folder, folder / "out").made == 1
+    assert build([folder], folder, folder / "out").made == 0
+    (folder / "deep" / "a.txt").write_text("two dogs")
+    with pytest.raises(ShardError, match="out holds a build with lists"):
+        build([folder], folder, folder / "out")
+
+
 def test_two_builds_of_one_folder_do_not_meet(media: Path, tmp_path: Path) -> None:
-    work = tmp_path / "out.partial" / ".build"
-    work.mkdir(parents=True)
+    work = tmp_path / "out.partial"
+    work.mkdir()
     lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", lock, work / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE

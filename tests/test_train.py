@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, parse
-from smaug_ds.data.quarantine import DataError
+from smaug_ds.data.index import Corpus
+from smaug_ds.data.quarantine import DataError, Failure, read_ledgers
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.deepspeed import build_engine
 from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
@@ -246,6 +248,29 @@ def test_lines_beyond_a_step_are_dropped(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2, "lo')  # killed while writing
     assert truncate_lines(path, 3) == [{"step": 1}]
     assert path.read_text() == '{"step": 1}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("half", [b'{"step": 2, "lo', '{"step": 2, "é'.encode()[:-1], b"\0\0\0\0"])
+def test_half_a_line_drops_nothing_else(tmp_path: Path, half: bytes) -> None:
+    path = tmp_path / "lines.jsonl"
+    first, later = '{"step": 1, "text": "a\u2028b\u0085c"}\n'.encode(), b'{"step": 3}\n'
+    path.write_bytes(first + half + b"\n" + later + half)
+    assert truncate_lines(path, 3) == [{"step": 1, "text": "a\u2028b\u0085c"}, {"step": 3}]
+    assert path.read_bytes() == first + later
+
+
+def test_a_run_killed_while_it_drops_lines_has_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n{"step": 4}\n')
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        truncate_lines(path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 4}\n'
 
 
 def test_the_batch_sizes_have_to_meet() -> None:
@@ -325,6 +350,31 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(toy_shards: Path, toy_me
     assert {"loss", "vtc", "vtm", "mlm", "mvm"} == summary["losses_first"].keys() == summary["losses_last"].keys()
     assert summary["retrieval"]["n_videos"] == 32
     assert (whole / "config.yaml").exists() and (whole / "deepspeed.json").exists()
+
+
+@pytest.mark.slow
+def test_a_lost_ledger_loses_nothing_that_a_checkpoint_holds(toy_shards: Path, toy_media: Path, tmp_path: Path) -> None:
+    shards, folder = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(toy_shards, shards)
+    corpus = Corpus.open([shards / "train"], holdout=0.0, split="train")
+    for medium in ("image", "video"):
+        for number in range(0, corpus.count(medium), 4):
+            entry = corpus.nth(medium, number)
+            with open(entry.shard, "r+b") as tar:
+                tar.seek(entry.media_offset)
+                tar.write(bytes(entry.media_size))
+    arguments = [*settings(shards, toy_media, folder), "data.test=[]", "data.max_failed_share=1"]
+    finish(launch([*arguments, "run.max_steps=4"], ranks=1))
+    failures = read_ledgers(folder / "quarantine")
+    assert failures
+    shutil.rmtree(folder / "quarantine")
+    finish(launch(arguments, ranks=1))
+    later = read_ledgers(folder / "quarantine")
+    assert not {failure.name for failure in failures} & {failure.name for failure in later}
+    _, state = checkpoint.open_latest(folder / "checkpoints", print) or (None, {})
+    assert [Failure.from_dict(failure) for failure in state["quarantine"]] == failures + later
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["quarantined"] == len({failure.name for failure in failures + later})
 
 
 @pytest.mark.slow

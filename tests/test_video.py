@@ -11,10 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from smaug_ds.data.bitstream import read_picture
-from smaug_ds.data.video import IMAGE_SUFFIXES, MediaError, Video, choose_frames, decode, decode_image, probe, trim
+from smaug_ds.data.image import decode_image
+from smaug_ds.data.media import IMAGE_SUFFIXES, MediaError
+from smaug_ds.data.video import Video, choose_frames, decode, probe, trim
 
 SPREAD = [  # codec, number of packets that trimming to frames 3 and 5 leaves at most (None: cannot be trimmed), file
     ("h264", 6, "open/exo_face.mp4"),
@@ -228,3 +230,75 @@ def test_choose_frames() -> None:
     drawn = np.stack([choose_frames(10, 2, np.random.default_rng(seed)) for seed in range(300)])
     assert set(drawn[:, 0]) == set(range(5))
     assert set(drawn[:, 1]) == set(range(5, 10))
+
+
+def tagged(orientation: object, **fields: object) -> bytes:
+    """A JPEG of four patches of gray with an EXIF orientation, whose width and height differ."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for name, value in fields.items():
+        exif[ExifTags.Base[name]] = value
+    patches = np.repeat(np.repeat(np.array([[0, 80], [160, 240]], np.uint8), 16, 0), 24, 1)
+    Image.fromarray(patches).convert("RGB").save(file, "JPEG", exif=exif.tobytes(), quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_images_stand_upright_as_pil_turns_them(orientation: int) -> None:
+    media = tagged(orientation)
+    with Image.open(io.BytesIO(media)) as image:
+        reference = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    np.testing.assert_array_equal(decode_image(media), reference)
+    facts = probe(media, "jpg")
+    assert (facts.height, facts.width) == reference.shape[1:3]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_tiff_is_turned_once(orientation: int) -> None:
+    file = io.BytesIO()
+    pixels = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
+    Image.fromarray(pixels).save(file, "TIFF", tiffinfo={274: orientation})
+    upright = np.rot90(pixels, {1: 0, 3: 2, 6: 3}[orientation])
+    np.testing.assert_array_equal(decode_image(file.getvalue())[0], upright)
+    facts = probe(file.getvalue(), "jpg")
+    assert (facts.height, facts.width) == upright.shape[:2]
+
+
+def test_an_odd_exif_field_does_not_keep_an_image_from_being_turned() -> None:
+    media = tagged(6, XResolution=72.0)
+    odd = media.replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")  # XResolution is now a text
+    with Image.open(io.BytesIO(odd)) as image, pytest.raises(TypeError):
+        ImageOps.exif_transpose(image)
+    np.testing.assert_array_equal(decode_image(odd), decode_image(media))
+
+
+@pytest.mark.parametrize("form", ["AVIF", "DDS", "GIF", "PPM", "JPEG2000"])
+def test_other_formats_under_an_images_name_are_refused(form: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (24, 16)).save(file, form)
+    for media in (file.getvalue(), file.getvalue()[:-20]):
+        with pytest.raises(MediaError, match="not an image in a known format"):
+            decode_image(media)
+        with pytest.raises(MediaError, match="not an image in a known format"):
+            probe(media, "jpg")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, AttributeError, TypeError, KeyError])
+def test_whatever_pil_raises_is_an_error_of_the_media(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    media = tagged(1)
+
+    def damaged(*_: object) -> None:
+        raise kind("odd")
+
+    monkeypatch.setattr(Image.Image, "convert", damaged)
+    with pytest.raises(MediaError, match=f"^image: {kind.__name__}: .?odd"):
+        decode_image(media)
+
+
+def test_images_of_stereo_cameras_open() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (24, 16), (9, 9, 9)).save(
+        file, "MPO", save_all=True, append_images=[Image.new("RGB", (24, 16), (200, 200, 200))]
+    )
+    assert probe(file.getvalue(), "jpg").codec == "mpo"
+    assert (decode_image(file.getvalue()) == 9).all()

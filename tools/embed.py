@@ -30,9 +30,11 @@ from PIL import Image
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.data.draw import centre_crop
+from smaug_ds.data.image import decode_image
+from smaug_ds.data.media import MediaError
 from smaug_ds.data.quarantine import DataError, Ledger
 from smaug_ds.data.shard import ShardError
-from smaug_ds.data.video import MediaError, Video, decode_image
+from smaug_ds.data.video import Video
 from smaug_ds.engine.pictures import Pixels, Tile, sheet
 from smaug_ds.engine.trained import identify, load_model, read_config
 from smaug_ds.evaluation.embeddings import Rows, keys_of, read_manifest, search, write_embeddings

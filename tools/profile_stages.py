@@ -21,12 +21,13 @@ from smaug_ds.data.clip import Clip, PackedClips
 from smaug_ds.data.config import DataConfig
 from smaug_ds.data.dali import Decoder, Pixels
 from smaug_ds.data.draw import Draws, random_resized_crop
+from smaug_ds.data.image import decode_image
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.order import Order, sample_generator
 from smaug_ds.data.reader import TrainReader
 from smaug_ds.data.sample import BatchShape, Medium, Sample
 from smaug_ds.data.shard import Entry
-from smaug_ds.data.video import Video, choose_frames, decode_image
+from smaug_ds.data.video import Video, choose_frames
 from smaug_ds.text import TextIds, Tokenizer, mask_tokens
 
 SEED = 1

@@ -126,6 +126,8 @@ def json_rows(path: Path) -> Iterator[Any]:
                             raise SourceError(f"{path} is no JSON list: row {row} is damaged ({error.msg})") from None
                         text, place = text[place:] + more, 0
                         continue
+                    except RecursionError:
+                        raise SourceError(f"{path} is no JSON list: row {row} is nested too deeply") from None
                     yield value
                     row, wanted = row + 1, ","
     except FileNotFoundError:

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smaug_ds.data import nvdec
+from smaug_ds.data.image import decode_image
+from smaug_ds.data.media import MediaFacts
 from smaug_ds.data.sample import Sample
-from smaug_ds.data.video import MediaFacts, Video, choose_frames, decode_image
+from smaug_ds.data.video import Video, choose_frames
 
 
 class GraphError(RuntimeError):

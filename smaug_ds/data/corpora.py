@@ -80,6 +80,11 @@ def read_corpus(path: str | Path, reading: Reading, form: str = "auto") -> Rows:
         raise SourceError(f"list {path} cannot be read: {error}") from error
 
 
+def texts_of(path: Path) -> tuple[Path, ...]:
+    """The files that a list consists of: ``path`` alone, or the two texts of SBU."""
+    return tuple(dict.fromkeys((path, *filter(Path.is_file, _sbu_texts(path))))) if path.suffix == ".txt" else (path,)
+
+
 def detect(path: Path) -> str:
     """The format of a file by its first bytes, of a folder: "folder". Raises SourceError if they do not tell."""
     if path.is_dir():
@@ -150,7 +155,7 @@ def _jsonl(path: Path, reading: Reading) -> Rows:
         for row, line in enumerate(file):
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SourceError(f"{path}, row {row}: not a JSON object ({error})") from error
             yield parse_row(value, f"{path}, row {row}")
 
@@ -195,11 +200,8 @@ def _cc(path: Path, reading: Reading) -> Rows:
 
 def _sbu(path: Path, reading: Reading) -> Rows:
     if path.suffix == ".txt":
-        stem = path.name.removesuffix("captions.txt").removesuffix("urls.txt")
-        with (
-            _text(path.with_name(f"{stem}urls.txt")) as urls,
-            _text(path.with_name(f"{stem}captions.txt")) as captions,
-        ):
+        urls_of, captions_of = _sbu_texts(path)
+        with _text(urls_of) as urls, _text(captions_of) as captions:
             for row, (url, caption) in enumerate(_pairs(path, urls, captions)):
                 yield _downloaded(path, reading, url.strip(), caption, row)
         return
@@ -212,6 +214,12 @@ def _sbu(path: Path, reading: Reading) -> Rows:
             yield BadRow(row, "columns", f"{url!r:.80}, {caption!r:.80}")
         else:
             yield _downloaded(path, reading, url, caption, row)
+
+
+def _sbu_texts(path: Path) -> tuple[Path, Path]:
+    """The urls and the captions, whichever of the two ``path`` is."""
+    stem = path.name.removesuffix("captions.txt").removesuffix("urls.txt")
+    return path.with_name(f"{stem}urls.txt"), path.with_name(f"{stem}captions.txt")
 
 
 def _pairs(path: Path, urls: Any, captions: Any) -> Iterator[tuple[Any, Any]]:
@@ -293,7 +301,7 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         with _text(path) as file:
             record = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise SourceError(f"{path} holds a JSON {type(record).__name__}, not an object")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from smaug_ds.data.annotations import Annotation
 from smaug_ds.data.corpora import BadRow, Reading, read_corpus
+from smaug_ds.data.media import MediaError, MediaFacts
 from smaug_ds.data.members import read_media
 from smaug_ds.data.reencode import Reencoding, reencode
 from smaug_ds.data.shard import SampleError, ShardError
-from smaug_ds.data.video import MediaError, MediaFacts, Video, choose_frames, probe
+from smaug_ds.data.video import Video, choose_frames, probe
 
 TRIED = 32  # files at least, where the lists have as many
 _SHOWN = (1, 4)  # frames of a sample for which the decoder's work is counted

@@ -16,6 +16,7 @@ node share them; records and keys are read one at a time. ``smaug_ds.data.indexi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -25,9 +26,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from smaug_ds.data.media import MediaFacts
+from smaug_ds.data.quarantine import DataError
 from smaug_ds.data.sample import MEDIA, Medium, Sample
 from smaug_ds.data.shard import Entry, ShardError, ShardFile, tar_sizes
-from smaug_ds.data.video import MediaFacts
 
 FORMAT = 1
 SAMPLE_DTYPE = np.dtype(
@@ -68,19 +70,20 @@ class ShardIndex:
     """One indexed folder of tars. Open it with ``ShardIndex.open``; a pickled copy maps the index again.
 
     The copy does not look at the tars: what happened to one since the run began is its samples' affair, not the end of
-    a worker that starts anew.
+    a worker that starts anew. But it has to be the same index: in another a row is another sample.
     """
 
     def __init__(
         self,
         folder: Path,
         manifest: dict,
+        digest: str,  # of the manifest's file
         samples: _Records,
         medium: np.ndarray,
         bucket: np.ndarray,
         keys: _Records,
     ) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self._digest = folder, manifest, digest
         self.medium, self.bucket = medium, bucket
         self.shards = [str(folder / shard["name"]) for shard in manifest["shards"]]
         self.starts = np.cumsum([0] + [shard["samples"] for shard in manifest["shards"]]).tolist()
@@ -112,24 +115,29 @@ class ShardIndex:
         return opened
 
     @classmethod
-    def _map(cls, folder: Path, tars: int = 0) -> ShardIndex:
-        """Maps the index of ``folder``, which holds so many ``tars``, without looking at them."""
+    def _map(cls, folder: Path, tars: int = 0, expected: str = "") -> ShardIndex:
+        """Maps the index of ``folder``, which holds so many ``tars``, without looking at them. ``expected``: digest of
+        its manifest, if it has to be a certain one."""
         index, remedy = folder / "index", _remedy(folder)
         try:
-            manifest = json.loads((index / "manifest.json").read_text(encoding="utf-8"))
+            written = (index / "manifest.json").read_bytes()
+            manifest = json.loads(written)
         except FileNotFoundError:
             raise ShardError(f"{folder} has {tars} tars but no index; {remedy}") from None
         except ValueError as error:
             raise ShardError(f"{index / 'manifest.json'} is damaged ({error}); {remedy}") from error
+        digest = hashlib.sha256(written).hexdigest()
+        if expected not in ("", digest):
+            raise ShardError(f"{folder} was indexed anew while it is in use: start again with what is there now")
         if manifest["format"] != FORMAT:
             raise ShardError(f"{index} has format {manifest['format']}, this version reads {FORMAT}; {remedy}")
         total = sum(shard["samples"] for shard in manifest["shards"])
         samples, medium, bucket = (_mapped(index / f"{name}.npy", total, remedy) for name in COLUMNS)
         keys = _mapped(index / "keys.npy", manifest["key_bytes"], remedy)
-        return cls(folder, manifest, _Records(samples), np.asarray(medium), np.asarray(bucket), _Records(keys))
+        return cls(folder, manifest, digest, _Records(samples), np.asarray(medium), np.asarray(bucket), _Records(keys))
 
     def __reduce__(self) -> tuple:
-        return ShardIndex._map, (self.folder,)
+        return ShardIndex._map, (self.folder, 0, self._digest)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -140,7 +148,7 @@ class ShardIndex:
         return self.manifest["totals"]
 
     def entry(self, row: int) -> Entry:
-        """The sample at ``row`` (0 to ``len`` - 1, in the order of the tars)."""
+        """The sample at ``row``, in the order of the tars. Raises DataError if a file of the index cannot be read."""
         # fmt: off
         (shard, key_offset, key_size, medium, suffix, media_offset, media_size, text_offset, text_size, json_offset,
          json_size, media_hash, captions, codec, pixel_format, *facts) = self._samples.read(row, 1)[0].item()
@@ -169,7 +177,11 @@ class ShardIndex:
             ShardError: the tar cannot be read, or something else than ``entry`` stands there.
         """
         try:
-            return self._shard_file(entry.shard).read(entry)
+            try:
+                return self._shard_file(entry.shard).read(entry)
+            except OSError:  # handles go stale when the storage was away; perhaps a new one can be had
+                self._shard_file.cache_clear()
+                return self._shard_file(entry.shard).read(entry)
         except OSError as error:
             raise ShardError(f"{entry.shard} cannot be read at sample {entry.key}: {error}") from error
 
@@ -265,9 +277,12 @@ class _Records:
 
     def read(self, first: int, count: int) -> np.ndarray:
         size = self._dtype.itemsize
-        data = os.pread(self._descriptor, count * size, self._start + int(first) * size)
+        try:
+            data = os.pread(self._descriptor, count * size, self._start + int(first) * size)
+        except OSError as error:
+            raise DataError(f"{self._path} can no longer be read ({error}): mend it and start again") from error
         if len(data) < count * size:
-            raise ShardError(f"{self._path} was cut short while it was open")
+            raise DataError(f"{self._path} was cut short while it was open; index the folder again")
         return np.frombuffer(data, self._dtype)
 
 

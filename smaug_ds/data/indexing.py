@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
 from smaug_ds.data.index import FORMAT, SAMPLE_DTYPE
-from smaug_ds.data.parallel import alone_in, on_processes, room_in, write_whole
+from smaug_ds.data.parallel import alone_in, clear, on_processes, room_in, write_whole
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.data.scanning import NAMED, Scan, scan_tar, stamp_of
 from smaug_ds.data.shard import ShardError, tar_sizes
@@ -74,12 +74,11 @@ def build_index(
 
     Raises:
         ShardError: no folder, no tar, tars that are cut short or damaged (all of them are named), not one usable
-            sample, no room.
+            sample, no room, no right to write there.
     """
     folder = Path(folder)
     sizes = tar_sizes(folder)
     partial = folder / _PARTIAL
-    partial.mkdir(exist_ok=True)
     with alone_in(partial), room_in(folder):
         skipped = _scan_all(folder, list(sizes), workers, progress)
         if skipped and not skip_bad_shards:
@@ -93,7 +92,7 @@ def build_index(
         if (folder / "index").exists():
             os.replace(folder / "index", partial / "replaced")
         os.replace(partial / "index", folder / "index")
-    shutil.rmtree(partial)
+        clear(partial)
     return report
 
 

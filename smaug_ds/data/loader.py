@@ -111,7 +111,8 @@ class TrainLoader:
         """Takes over what earlier parts of the run learnt, on all ranks: samples that failed are passed over without a
         try, samples that only NVDEC refuses are decoded by PyAV. Takes effect at the next ``iter``.
 
-        Failures to read from the storage are not taken over (it may be back). What is passed over counts as no failure.
+        Failures to read from the storage, and in time, are not taken over (it may be back). What is passed over counts
+        as no failure.
         """
         self.close()
         failures = list(failures)
@@ -136,9 +137,12 @@ class TrainLoader:
         for failure in raw.failures:
             self._ledger.write(failure)
         if raw.batch is None:
+            missing = [failure for failure in raw.failures if failure.replaced_by is None]
+            tried = {failure.place for failure in missing if failure.position == missing[-1].position}
             raise DataError(
-                f"{len(raw.failures)} candidates for one place of step {raw.step} failed in a row, "
-                f"data.max_consecutive_failures is {self._config.max_consecutive_failures}; see {self._ledger.path}"
+                f"{len(tried)} candidates for one place of step {raw.step} failed in a row, data."
+                f"max_consecutive_failures is {self._config.max_consecutive_failures}; {len(self._reader.known_bad)} "
+                f"samples are known to be bad and were not tried; see {self._ledger.path}"
             )
         lost = {failure.name for failure in raw.failures if failure.replaced_by != failure.name}
         if not self._budget.spend(len(raw.batch.keys), len(lost)):

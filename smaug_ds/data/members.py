@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from smaug_ds.data.annotations import Annotation
+from smaug_ds.data.media import MediaError
 from smaug_ds.data.reencode import Reencoding, reencode
 from smaug_ds.data.shard import (
     MAX_MEDIA_BYTES,
@@ -17,7 +18,7 @@ from smaug_ds.data.shard import (
     medium_of,
     parse_metadata,
 )
-from smaug_ds.data.video import MediaError, probe
+from smaug_ds.data.video import probe
 
 # First bytes -> suffix of images whose names have none, as downloaders that name files by url leave them.
 _MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"BM", "bmp"))

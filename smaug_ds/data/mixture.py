@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,8 +44,8 @@ class SetConfig:
     def __post_init__(self) -> None:
         if not self.shards:
             raise ConfigError(f"set {self.name}: shards is empty: name at least one folder")
-        if not self.weight > 0:
-            raise ConfigError(f"set {self.name}: weight is {self.weight}: it must be above 0, or take the set out")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"set {self.name}: weight is {self.weight}: give a number above 0, or take the set out")
         if self.expected < 0 or not 0 <= self.allowed_shortfall <= 1:
             raise ConfigError(
                 f"set {self.name}: expected is {self.expected} and allowed_shortfall {self.allowed_shortfall}: "
@@ -165,14 +166,15 @@ def _sets_on_disk(config: DataConfig) -> list[tuple[SetConfig, list[str]]]:
     found = []
     for wanted in manifest.sets:
         folders = [root / folder for folder in wanted.shards]
-        if missing := [folder for folder in folders if not folder.is_dir()]:
+        if missing := [folder for folder in folders if not any(folder.glob("*.tar"))]:
             if wanted.allowed_shortfall < 1:
+                lack = "holds no .tar file" if missing[0].is_dir() else "does not exist"
                 raise ConfigError(
-                    f"data.corpus {config.corpus}: set {wanted.name}: folder {missing[0]} does not exist; bring it, "
+                    f"data.corpus {config.corpus}: set {wanted.name}: folder {missing[0]} {lack}; bring it, "
                     "set root or data.corpus_root to where the sets lie, or let the set be absent with "
                     "allowed_shortfall: 1"
                 )
-            folders = [folder for folder in folders if folder.is_dir()]
+            folders = [folder for folder in folders if folder not in missing]
         found.append((wanted, list(map(str, folders))))
     return found
 

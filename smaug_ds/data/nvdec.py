@@ -25,7 +25,7 @@ from av.bitstream import BitStreamFilterContext
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from smaug_ds.data.video import MediaFacts
+from smaug_ds.data.media import MediaFacts
 
 # Smallest (width, height) and largest side that current cards decode. DALI asks the card itself and refuses what lies
 # beyond, so a card that can less costs a second reading of such clips, not the clips.
@@ -56,7 +56,7 @@ def uncropped(codec: str, file: bytes) -> bytes | None:
     if codec != "h264":
         return file
     try:
-        with av.open(io.BytesIO(file), options={"skip_frame": "all"}) as source:
+        with av.open(io.BytesIO(file), options={"skip_frame": "all"}, metadata_errors="replace") as source:
             stream = source.streams.video[0]
             geometry = _geometry(stream.codec_context.extradata)
             if geometry is None or geometry.left or geometry.top:

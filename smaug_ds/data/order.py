@@ -31,6 +31,7 @@ _SET_BITS = 13  # the top ones of a counter that belongs to one set
 
 _CACHED_GROUPS = 4  # a micro batch lies in one group or two; the workers of a rank are at most a few steps apart
 _CACHED_EPOCHS = 2
+_OWN_SET_TRIES = 5  # samples of the set itself that may fail at a position before the others are asked, too
 
 
 def stable_hash(value: str | bytes) -> int:
@@ -170,7 +171,14 @@ class _Stream:
 
     def candidate(self, position: int, attempt: int) -> tuple[int, int]:
         stream, own = self.at(position)
-        return stream.candidate(own, attempt)
+        in_own_set = min(_OWN_SET_TRIES, stream.total)
+        if attempt < in_own_set:
+            return stream.candidate(own, attempt)
+        # The set may be one sample, or half of it lost: all sets take turns.
+        streams = [other for _, other in self._parts]
+        turn, nth = divmod(attempt - in_own_set, len(streams))
+        other = streams[(streams.index(stream) + 1 + nth) % len(streams)]
+        return other.candidate(own, in_own_set + turn if other is stream else turn)
 
 
 class Order:
@@ -254,7 +262,7 @@ class Order:
         """(shard, index) for ``position`` after ``attempt`` samples failed there; attempt 0 is ``locate``.
 
         Replacements are spread over the whole set, since what broke one sample (a lost shard) often broke its
-        neighbours; all its samples are visited before one comes again.
+        neighbours; after a few they come from all sets in turn. A set's samples are all visited before one comes again.
         """
         return self._streams[medium].candidate(position, attempt)
 

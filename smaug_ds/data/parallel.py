@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TypeVar
@@ -82,16 +82,43 @@ def room_in(folder: Path, needed: Callable[[], int] | None = None) -> Iterator[N
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps a second command out of ``folder``; the system takes the lock from a process that dies."""
-    with (folder / LOCK).open("w") as file:
+    """Makes ``folder`` and keeps a second command out of it; the system takes the lock from a process that dies.
+
+    Raises:
+        ShardError: another command is at work there, or the folder around it may not be written.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise ShardError(
+            f"cannot write into {folder.parent}: {error.strerror} ({error.filename}); get the right to write there, or "
+            "work on a copy"
+        ) from error
+    with file:
+        another = ShardError(f"another command is at work in {folder}: wait for it, or end it")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ShardError(f"another command is at work in {folder.parent}: wait for it, or end it") from None
+            raise another from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+        # A command that ended since the file was opened has removed it (``clear``): then this lock keeps nobody out.
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise another
         yield
+
+
+def clear(folder: Path) -> None:
+    """Removes a folder from within ``alone_in``. The lock goes last: without it another command may begin there."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / LOCK).unlink()
+    with suppress(OSError):  # another command has begun there
+        folder.rmdir()
 
 
 def write_whole(path: Path, data: bytes) -> None:

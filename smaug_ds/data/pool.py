@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import itertools
 import pickle
 import signal
 import threading
@@ -25,10 +26,12 @@ from multiprocessing.connection import wait
 
 from smaug_ds.data.quarantine import DataError, Spot, Verdict
 from smaug_ds.data.reader import RawBatch, Watched
+from smaug_ds.data.sample import Place
 from smaug_ds.data.workers import UNREADY, Raised, Status, Worker
 
 _MOST_DEATHS = 3  # over one item, for which no sample is to blame
 _LOOK_SECONDS = 0.1  # between looks at the workers
+_MOST_TOLD = 256  # samples that PyAV has to decode, told with one item: a message has a limit, and they can wait
 _LATE_LOOKS = 10  # in a row that have to find a worker late: after the whole job was stopped all are, for a moment
 _ADVICE = {
     -signal.SIGKILL: "killed, perhaps for memory: fewer data.workers or a smaller data.prefetch need less",
@@ -56,6 +59,7 @@ class _Seat:
     worker: Worker | None = None
     unfinished: dict[int, float] = field(default_factory=dict)  # items that it was given, in order -> when
     told: int = 0  # verdicts that it knows
+    pyav_only: frozenset[Place | str] = frozenset()  # of the reader's, what it knows
     late: int = 0  # looks in a row
 
 
@@ -83,9 +87,7 @@ class Pool:
         limits: Limits,
         stop: threading.Event,
     ) -> None:
-        theirs = copy.copy(reader)
-        theirs.elsewhere = None
-        self._reader, self._pickled = reader, pickle.dumps(theirs)
+        self._reader = reader
         self._fresh = enumerate(indices)
         self._prefetch, self._limits, self._stop = prefetch, limits, stop
         self._seats = [_Seat() for _ in range(workers)]
@@ -135,16 +137,23 @@ class Pool:
             worker = seat.worker or self._hire(seat)
             if worker is not None:
                 number = self._again[0]
-                if not worker.give(number, self._indices[number], dict(self._verdicts[seat.told :])):
+                verdicts = dict(self._verdicts[seat.told :])
+                refused = frozenset(itertools.islice(self._reader.pyav_only - seat.pyav_only, _MOST_TOLD))
+                if not worker.give(number, self._indices[number], verdicts, refused):
                     return
                 heapq.heappop(self._again)
                 seat.told = len(self._verdicts)
+                seat.pyav_only |= refused
                 seat.unfinished[number] = time.monotonic()
 
     def _hire(self, seat: _Seat) -> Worker | None:
-        """A new worker for the seat; None if none could be had this time."""
+        """A new worker for the seat, with all that is known by now; None if none could be had this time."""
+        theirs = copy.copy(self._reader)
+        theirs.elsewhere = None
+        seat.told, seat.pyav_only = len(self._verdicts), theirs.pyav_only
+        pickled = pickle.dumps(theirs)
         try:
-            seat.worker, seat.told = Worker(self._pickled), 0
+            seat.worker = Worker(pickled)
         except (OSError, EOFError) as error:
             self._count_death(self._again[0], f"it could not be started: {error!r}")
         return seat.worker

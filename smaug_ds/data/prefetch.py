@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # workers import this package, too: they need no DALI
     from smaug_ds.data.dali import Pixels
 
 _PATIENCE_SECONDS = 10.0  # for a batch that is being made when the iteration is closed
+_LOOK_SECONDS = 0.1  # between looks whether it is closed
 
 _Item = tuple[RawBatch, "Batch | None"]
 
@@ -39,7 +40,7 @@ class Prefetcher:
         self, reader: Reader, indices: Iterable[int], pixels: Pixels, workers: int, prefetch: int, limits: Limits
     ) -> None:
         self._ready: queue.Queue[_Item | Exception | None] = queue.Queue(prefetch)
-        stop = threading.Event()
+        self._stop = stop = threading.Event()
         pool = Pool(reader, indices, workers, prefetch, limits, stop) if workers else None
         reader.elsewhere = functools.partial(_make_elsewhere, reader, limits, stop) if workers else None
         source = pool if pool is not None else map(reader.__getitem__, indices)
@@ -50,7 +51,14 @@ class Prefetcher:
         self._finalizer = weakref.finalize(self, _end, stop, thread, pool)
 
     def __iter__(self) -> Iterator[_Item]:
-        while (item := self._ready.get()) is not None:
+        """Ends with the indices, or when this is closed."""
+        while not self._stop.is_set():
+            try:
+                item = self._ready.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
             if isinstance(item, Exception):
                 raise item
             yield item
@@ -69,7 +77,7 @@ def _produce(
     def put(item: _Item | Exception | None) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
+                ready.put(item, timeout=_LOOK_SECONDS)
                 return
 
     try:
@@ -96,9 +104,9 @@ def _make_elsewhere(reader: Reader, limits: Limits, stop: threading.Event, varia
 
 
 def _end(stop: threading.Event, thread: threading.Thread, pool: Pool | None) -> None:
-    """Ends the thread and the workers."""
+    """Ends the workers and the thread; one that hangs, in the storage or the GPU's driver, is left to its fate."""
     stop.set()
     thread.join(timeout=_PATIENCE_SECONDS)
     if pool is not None:
         pool.close()
-    thread.join()
+    thread.join(timeout=_PATIENCE_SECONDS)

@@ -3,6 +3,7 @@ too many."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from smaug_ds.data.sample import Medium, Place
 
-_TEMPORARY = "read"  # stage of failures of the storage: a disk that was away comes back
+_TEMPORARY = ("read", "time")  # stages of what may be the storage's fault: a disk that was away or slow comes back
 _REFUSED = "dali"  # stage of samples that the decoder of the DALI graph refuses
 
 
@@ -38,6 +39,11 @@ class Failure:
     @property
     def name(self) -> str:
         return f"{self.shard}/{self.key}"
+
+    @property
+    def sample(self) -> Place | str:
+        """Which sample it is: its place, the same wherever the tars lie, or its name, in evaluation."""
+        return self.name if self.place is None else self.place
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Failure:
@@ -70,7 +76,7 @@ class Ledger:
 
     def write(self, failure: Failure) -> None:
         """Raises DataError if the file cannot be written: a failure that is not on record would not be honoured."""
-        line = json.dumps(dataclasses.asdict(failure), ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(dataclasses.asdict(failure)).encode() + b"\n"  # ASCII: a path need not be Unicode
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
@@ -87,37 +93,40 @@ class Ledger:
 
 
 def read_ledgers(folder: Path | str) -> list[Failure]:
-    """The failures of all ranks that wrote to ``folder``, by step and position.
+    """The failures of all ranks that wrote to ``folder``, as ``merge`` has them.
 
-    What was done again after a restart and failed again counts once. Half a line, of a run that was killed while it
-    wrote, is passed over.
+    Half a line, of a run that was killed while it wrote, is passed over.
     """
-    failures: dict[tuple[object, ...], Failure] = {}
+    failures = []
     for path in sorted(Path(folder).glob("quarantine.*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            try:
-                failure = Failure.from_dict(json.loads(line))
-            except ValueError:
-                continue
-            failures[failure.step, failure.position, failure.place, failure.name, failure.stage] = failure
-    return sorted(failures.values(), key=lambda failure: (failure.step, failure.position))
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                failures.append(Failure.from_dict(json.loads(line)))
+    return merge(failures)
+
+
+def merge(failures: Iterable[Failure]) -> list[Failure]:
+    """By step and position, each once: what was done again after a restart and failed again, or is told twice."""
+    different = {(f.step, f.position, f.place, f.name, f.stage): f for f in failures}
+    return sorted(different.values(), key=lambda failure: (failure.step, failure.position))
 
 
 def known_bad(failures: Iterable[Failure]) -> frozenset[Place]:
     """The training samples that a resumed run passes over without a try.
 
-    Not those of stage "read": a storage that was away comes back. Not those that PyAV decodes.
+    Not those of stages "read" and "time": a storage that was away or slow comes back, and would have condemned whatever
+    was read meanwhile. Not those that PyAV decodes.
     """
     return frozenset(
         failure.place
         for failure in failures
-        if failure.place is not None and failure.stage != _TEMPORARY and not _decoded_otherwise(failure)
+        if failure.place is not None and failure.stage not in _TEMPORARY and not _decoded_otherwise(failure)
     )
 
 
-def pyav_only(failures: Iterable[Failure]) -> frozenset[str]:
-    """Names (shard/key) of the samples that the decoder of the DALI graph refuses and PyAV decodes."""
-    return frozenset(failure.name for failure in failures if _decoded_otherwise(failure))
+def pyav_only(failures: Iterable[Failure]) -> frozenset[Place | str]:
+    """The samples (``Failure.sample``) that the decoder of the DALI graph refuses and PyAV decodes."""
+    return frozenset(failure.sample for failure in failures if _decoded_otherwise(failure))
 
 
 def summary(failures: Iterable[Failure]) -> dict[str, float]:

@@ -23,14 +23,15 @@ from smaug_ds.data.clip import Clip, PackedClips, make_clip
 from smaug_ds.data.config import DataConfig
 from smaug_ds.data.draw import Draws, centre_crop, random_resized_crop
 from smaug_ds.data.index import Corpus
+from smaug_ds.data.media import MediaError
 from smaug_ds.data.order import Order, sample_generator, slots, stable_hash
 from smaug_ds.data.quarantine import Failure, Spot, Verdict
 from smaug_ds.data.sample import Batch, BatchShape, Medium, Place, Sample
 from smaug_ds.data.shard import Entry, ShardError
-from smaug_ds.data.video import MediaError
 from smaug_ds.text import IGNORED, TextIds, Tokenizer, mask_tokens
 
 EVALUATION_STEP = -1
+_MOST_PASSED_OVER = 1000  # samples known to be bad, in a row: so many leave nothing to train on
 EVALUATION_ORDER: tuple[Medium, ...] = ("video", "image")
 
 
@@ -59,6 +60,7 @@ class Watched(Dataset[RawBatch]):
     def __init__(self) -> None:
         self.watch: Callable[[Spot | None], None] = _unwatched  # called at the beginning and (None) at the end
         self.verdicts: dict[Spot, Verdict] = {}
+        self.pyav_only: frozenset[Place | str] = frozenset()  # samples (``Failure.sample``) that NVDEC refuses
         self.elsewhere: Callable[[Watched, int], RawBatch] | None = None  # makes an item in another process
 
     def again(self, index: int) -> RawBatch:
@@ -107,7 +109,6 @@ class TrainReader(Watched):
         self.shape, self.seed, self.micro_batch, self.accumulation = shape, seed, micro_batch, accumulation
         self.rank, self.world_size, self.encoded_codecs = rank, world_size, encoded_codecs
         self.known_bad: frozenset[Place] = frozenset()  # passed over without a try
-        self.pyav_only: frozenset[str] = frozenset()  # keys of samples that NVDEC refuses
 
     def condemn(self, verdicts: Mapping[Spot, Verdict]) -> None:
         """Takes these samples as failed where they were tried, and passes over them elsewhere."""
@@ -157,7 +158,7 @@ class TrainReader(Watched):
                 with self.at(spot):
                     sample = self.corpus.read_sample(entry)
                     flip = draws.flip < self.config.flip
-                    codecs = _codecs_for(entry, self.encoded_codecs, self.pyav_only)
+                    codecs = frozenset() if place in self.pyav_only else self.encoded_codecs
                     clip = make_clip(sample, entry.facts, frames, draws.generator, flip, window, codecs)
             except (MediaError, ShardError) as error:
                 failures.append(_failure(step, position, place, entry, error))
@@ -168,10 +169,11 @@ class TrainReader(Watched):
 
     def _candidates(self, medium: Medium, position: int) -> Iterator[Place]:
         """The samples to try for ``position``, one after the other."""
-        every = range(self.order.samples(medium))
+        most = self.config.max_consecutive_failures
+        every = range(min(self.order.samples(medium), most + _MOST_PASSED_OVER))
         places = (Place(medium, *self.order.candidate(medium, position, attempt)) for attempt in every)
         due = (place for place in places if place not in self.known_bad or Spot(position, *place) in self.verdicts)
-        return itertools.islice(due, self.config.max_consecutive_failures)
+        return itertools.islice(due, most)
 
 
 class EvalReader(Watched):
@@ -192,7 +194,6 @@ class EvalReader(Watched):
     ) -> None:
         super().__init__()
         self.corpus, self.tokenizer, self.shape, self.encoded_codecs = corpus, tokenizer, shape, encoded_codecs
-        self.pyav_only: frozenset[str] = frozenset()  # keys of samples that NVDEC refuses
         batches: list[tuple[Medium, range]] = []
         for medium in EVALUATION_ORDER:
             count = corpus.count(medium)
@@ -215,7 +216,7 @@ class EvalReader(Watched):
             try:
                 with self.at(spot):
                     sample = self.corpus.read_sample(entry)
-                    codecs = _codecs_for(entry, self.encoded_codecs, self.pyav_only)
+                    codecs = frozenset() if f"{entry.shard}/{entry.key}" in self.pyav_only else self.encoded_codecs
                     clips.append(make_clip(sample, entry.facts, frames, None, False, centre_crop, codecs))
                     samples.append(sample)
                     spots.append(spot)
@@ -262,11 +263,6 @@ def _batch(
 
 def _stack(arrays: Sequence[NDArray[np.float32]]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
-
-
-def _codecs_for(entry: Entry, encoded_codecs: frozenset[str], pyav_only: frozenset[str]) -> frozenset[str]:
-    """What may leave this sample encoded, for NVDEC to decode."""
-    return frozenset() if f"{entry.shard}/{entry.key}" in pyav_only else encoded_codecs
 
 
 def _failure(step: int, position: int, place: Place | None, entry: Entry, error: MediaError | ShardError) -> Failure:

@@ -17,8 +17,10 @@ import numpy as np
 from av.video.reformatter import Interpolation
 from PIL import Image
 
+from smaug_ds.data.image import decode_image
+from smaug_ds.data.media import MediaError, MediaFacts
 from smaug_ds.data.shard import ShardError, medium_of
-from smaug_ds.data.video import MediaError, MediaFacts, Video, all_frames, decode_image, rotation_of
+from smaug_ds.data.video import Video, all_frames, rotation_of
 
 _CLIP, _IMAGE = "mp4", "jpg"
 _AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT

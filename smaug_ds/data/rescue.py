@@ -116,7 +116,7 @@ def _condemn(raw: RawBatch, clips: Sequence[Clip], culprits: Mapping[int, str], 
         place = Place(*spot[1:]) if in_training else None
         entry = reader.corpus.entry(*spot[1:]) if in_training else reader.corpus.nth(spot.medium, spot.position)
         failures.append(Failure(raw.step, spot.position, place, entry.shard, entry.key, _STAGE, words))
-    reader.pyav_only |= {failure.name for failure in failures}
+    reader.pyav_only |= {failure.sample for failure in failures}
     return failures
 
 
@@ -124,8 +124,11 @@ def _sends_refused(raw: RawBatch, reader: Reader) -> bool:
     """Whether it holds an encoded clip that DALI is known to refuse."""
     if raw.batch is None or not reader.pyav_only:
         return False
-    encoded = [name for name, clip in zip(raw.batch.keys, raw.clips.bare, strict=True) if clip.indices is not None]
-    return not reader.pyav_only.isdisjoint(encoded)
+    in_training = isinstance(reader, TrainReader)
+    return any(
+        clip.indices is not None and (Place(*spot[1:]) if in_training else name) in reader.pyav_only
+        for spot, name, clip in zip(raw.spots, raw.batch.keys, raw.clips.bare, strict=True)
+    )
 
 
 def _read_again(raw: RawBatch, reader: Reader, encoded: bool = True) -> RawBatch:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smaug_ds.data.index import FORMAT, SAMPLE_DTYPE
+from smaug_ds.data.media import MediaError, MediaFacts
 from smaug_ds.data.order import stable_hash
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.data.shard import (
@@ -25,7 +26,7 @@ from smaug_ds.data.shard import (
     medium_of,
     parse_metadata,
 )
-from smaug_ds.data.video import MediaError, MediaFacts, probe
+from smaug_ds.data.video import probe
 
 NAMED = {"codec": "codecs", "pixel_format": "pixel_formats", "suffix": "suffixes"}  # column -> name in the manifest
 
@@ -86,9 +87,11 @@ def scan_tar(path: Path) -> Scan:
     assert columns_in_order
     try:
         with path.open("rb") as tar:
-            for key, members in _grouped(path, tar):
+            for key, members, twice in _grouped(path, tar):
                 try:
                     encoded = key.encode("utf-8")
+                    if twice:
+                        raise SampleError("duplicate_key", f"{', '.join(sorted(twice))} more than once: whose is what?")
                     columns = _examine(tar, members)
                 except (SampleError, MediaError, UnicodeEncodeError) as error:
                     rejects.append(_rejected(path, key, error))
@@ -105,13 +108,15 @@ def scan_tar(path: Path) -> Scan:
     return Scan(np.array(rows, SAMPLE_DTYPE), bytes(keys), names, rejects)
 
 
-def _grouped(path: Path, tar: BinaryIO) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, suffix -> (offset, size) of its members' data) of each sample of a tar.
+def _grouped(path: Path, tar: BinaryIO) -> Iterator[tuple[str, dict[str, tuple[int, int]], set[str]]]:
+    """(key, suffix -> (offset, size) of its members' data, suffixes that come again) of each sample of a tar.
+
+    Where some come again, two samples of one key stand in a row, and nothing says which member belongs to which.
 
     Raises:
         ShardError: the tar is cut short or damaged; ``tarfile`` alone takes both, past the first member, for the end.
     """
-    key, members = "", dict[str, tuple[int, int]]()
+    key, members, twice = "", dict[str, tuple[int, int]](), set[str]()
     try:
         with tarfile.open(fileobj=tar, mode="r:") as archive:
             for member in archive:
@@ -120,14 +125,17 @@ def _grouped(path: Path, tar: BinaryIO) -> Iterator[tuple[str, dict[str, tuple[i
                     continue
                 if member.name[:dot] != key:
                     if members:
-                        yield key, members
-                    key, members = member.name[:dot], {}
-                members[member.name[dot + 1 :].lower()] = member.offset_data, member.size
+                        yield key, members, twice
+                    key, members, twice = member.name[:dot], {}, set()
+                suffix = member.name[dot + 1 :].lower()
+                if suffix in members:
+                    twice.add(suffix)
+                members[suffix] = member.offset_data, member.size
             end = archive.offset
     except tarfile.TarError as error:
         raise ShardError(f"{path} is cut short or damaged ({error})") from error
     if members:
-        yield key, members
+        yield key, members, twice
     block = os.pread(tar.fileno(), tarfile.BLOCKSIZE, end)
     if len(block) < tarfile.BLOCKSIZE:
         raise ShardError(f"{path} is cut short: it ends at byte {end + len(block)} without an end marker")
@@ -171,12 +179,27 @@ def _examine(tar: BinaryIO, members: dict[str, tuple[int, int]]) -> dict[str, An
 
 
 def _stated_facts(metadata: dict[str, Any]) -> MediaFacts | None:
-    """The facts that the shard builder left in the json: media of its own shards are not probed again."""
+    """The facts that the shard builder left in the json: media of its own shards are not probed again. None where they
+    cannot be a probe's."""
     stated = metadata.get("media_facts")
     if not isinstance(stated, dict):
         return None
     types = {name: type(value).__name__ for name, value in stated.items()}
-    return MediaFacts(**stated) if types == {field.name: field.type for field in fields(MediaFacts)} else None
+    if types != {field.name: field.type for field in fields(MediaFacts)}:
+        return None
+    possible = all(map(_is_possible, stated, stated.values())) and stated["rotation"] in (0, 90, 180, 270)
+    return MediaFacts(**stated) if possible else None
+
+
+def _is_possible(column: str, value: str | int | float) -> bool:
+    """Whether a fact fits its column of the index: a json may claim -1, 2**70 or NaN."""
+    kind = SAMPLE_DTYPE[column]
+    if isinstance(value, str):
+        return True
+    if isinstance(value, float):
+        return 0 <= value <= float(np.finfo(kind).max)
+    least = 0 if column in ("declared_frames", "rotation") else 1
+    return least <= value <= np.iinfo(kind).max
 
 
 def _rejected(path: Path, key: str, error: SampleError | MediaError | UnicodeEncodeError) -> Reject:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smaug_ds.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaFacts
 from smaug_ds.data.sample import Medium, Sample
-from smaug_ds.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaFacts
+from smaug_ds.text import clean
 
 MAX_MEDIA_BYTES = 2**30  # a sample is read at once: it must fit into memory, and pread returns at most 2 GiB
 MAX_TEXT_BYTES = 2**24  # of KEY.txt and KEY.json
@@ -63,7 +64,7 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
     """The object in the bytes of ``KEY.json``. Raises SampleError if they hold none."""
     try:
         record = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SampleError("json_invalid", str(error)) from error
     if not isinstance(record, dict):
         raise SampleError("json_invalid", f"{type(record).__name__} instead of an object")
@@ -71,7 +72,8 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
 
 
 def choose_captions(text: bytes | None, metadata: dict[str, Any]) -> tuple[tuple[str, ...], bool]:
-    """(captions, whether they are those of ``KEY.txt``), stripped; empty ones and those too long are left out.
+    """(captions, whether they are those of ``KEY.txt``), stripped; those too long and those of which ``text.clean``
+    leaves nothing are left out.
 
     The json's list ``captions`` comes first (several captions of one media), then the txt, then the json's ``caption``.
     Raises SampleError if there is no caption, one that is not UTF-8, or none of at most ``MAX_CAPTION_LENGTH``.
@@ -85,16 +87,16 @@ def choose_captions(text: bytes | None, metadata: dict[str, Any]) -> tuple[tuple
             ([metadata.get("caption")], False),
         ):
             found = [caption.strip() for caption in captions if isinstance(caption, str)]
-            kept = tuple(caption for caption in found if 0 < len(caption) <= MAX_CAPTION_LENGTH)
+            kept = tuple(caption for caption in found if len(caption) <= MAX_CAPTION_LENGTH and clean(caption))
             if kept:
                 "".join(kept).encode("utf-8")  # raises on lone surrogates, which JSON can spell
                 return kept, from_text
             longest = max([longest, *map(len, found)])
     except UnicodeError as error:
         raise SampleError("caption_not_utf8", str(error)) from error
-    if longest:
+    if longest > MAX_CAPTION_LENGTH:
         raise SampleError("caption_too_long", f"{longest} characters, at most {MAX_CAPTION_LENGTH}")
-    raise SampleError("no_caption", "neither the txt nor the json holds one")
+    raise SampleError("no_caption", "neither the txt nor the json holds one with a word")
 
 
 class ShardFile:

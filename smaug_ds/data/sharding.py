@@ -2,8 +2,9 @@
 
 While it is built everything lies in ``OUT.partial``: shards as ``00000.tar``, work of the build in ``.build``::
 
+    lock                 keeps a second command out; removed once ``OUT`` is in place
     build.json           what is built: digests of the lists, options. Another command is refused.
-    report.json          totals, once it is finished
+    report.json          totals; from then on all is there, and ``.build`` is no longer needed
     .build/plan.jsonl    every media file with its captions (``plan``)
     .build/00000.json    shard 0 is finished: its bytes, and what was left out of it; written after the tar is on disk
 
@@ -13,7 +14,6 @@ name ``OUT``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,14 +29,15 @@ from webdataset import TarWriter
 from smaug_ds.data.corpora import Reading, Split
 from smaug_ds.data.indexing import IndexReport, build_index, read_report
 from smaug_ds.data.members import find_media, sample_members
-from smaug_ds.data.parallel import LOCK, alone_in, on_processes, room_in, write_whole
+from smaug_ds.data.parallel import LOCK, alone_in, clear, on_processes, room_in, write_whole
 from smaug_ds.data.plan import BAD_ROWS, Plan, make_plan, read_span
 from smaug_ds.data.reencode import Reencoding
 from smaug_ds.data.shard import SampleError, ShardError
+from smaug_ds.data.signature import SIGNATURE, compare, digest
 from smaug_ds.progress import bar
 
 WORK = ".build"
-SIGNATURE, REJECTS, REPORT = "build.json", "rejects.jsonl", "report.json"
+REJECTS, REPORT = "rejects.jsonl", "report.json"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def build(
 
     Raises:
         SourceError: a list that cannot be read.
-        ShardError: a missing media root, an ``out`` that holds something else, nothing to put there, no room.
+        ShardError: a missing media root, an ``out`` that holds something else, nothing to put there, no room, another
+            command at work.
     """
     started = time.monotonic()
     media_root, out = Path(media_root), Path(out)
@@ -103,8 +105,9 @@ def build(
         raise ShardError(f"--samples-per-shard is {samples_per_shard}: must be at least 1")
     if not media_root.is_dir():
         raise ShardError(f"media root {media_root} is no folder: the paths in the lists start there")
+    partial = out.parent / f"{out.name}.partial"
     signature = {
-        "lists": [_digest(Path(path)) for path in lists],
+        "lists": [digest(Path(path), {out.resolve(), partial.resolve()}) for path in lists],
         "media_root": str(media_root.resolve()),
         "samples_per_shard": samples_per_shard,
         "format": form,
@@ -112,38 +115,65 @@ def build(
         "split": split,
         "reencode": asdict(reencoding) if reencoding else None,
     }
-    partial = out.parent / f"{out.name}.partial"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / SIGNATURE).is_file():
-            raise ShardError(f"{out} exists and is not empty: remove it or give another --out")
-        _compare(out, signature)
-        outcome = json.loads((out / REPORT).read_text())
-        return BuildReport(**outcome, index=read_report(out), made=0, seconds=time.monotonic() - started)
-    (partial / WORK).mkdir(parents=True, exist_ok=True)
-    with alone_in(partial / WORK), room_in(partial):
+    if _is_in_place(out, signature):
+        return _reported(out, 0, started)
+    with alone_in(partial), room_in(partial):
+        if _is_in_place(out, signature):  # another command has put it there in the meantime
+            clear(partial)
+            return _reported(out, 0, started)
+        (partial / WORK).mkdir(exist_ok=True)
         _resume_or_clear(partial, signature)
-        plan = Plan.open(partial / WORK) or make_plan(
-            partial / WORK, [Path(path) for path in lists], form, Reading(media_root, media_name, split),
-            samples_per_shard, progress,
-        )  # fmt: skip
-        if not plan.samples:
-            reasons = f" ({_counted(plan.bad_rows)})" if plan.bad_rows else ""
-            raise ShardError(f"no rows in {', '.join(map(str, lists))}{reasons}")
-        tasks = [
-            _Task(partial, shard, plan.span(shard), shard * samples_per_shard, media_root, reencoding)
-            for shard in range(plan.shards)
-            if not _is_finished(partial, shard)
-        ]
-        made = _write_shards(tasks, plan, samples_per_shard, workers, progress)
-        outcome = _write_rejects(partial, plan)
-        if not outcome["shards"]:
-            reasons = _counted(outcome["rejects"])
-            raise ShardError(f"all {plan.samples} media files were left out ({reasons}): see {partial}/{REJECTS}")
-        index = build_index(partial, workers, progress)
-        write_whole(partial / REPORT, json.dumps(outcome, indent=1).encode("ascii"))
+        made = 0
+        if not (partial / REPORT).exists():
+            reading = Reading(media_root, media_name, split)
+            made = _make(partial, lists, form, reading, samples_per_shard, reencoding, workers, progress)
         shutil.rmtree(partial / WORK)
         os.replace(partial, out)
-    return BuildReport(**outcome, index=index, made=made, seconds=time.monotonic() - started)
+        (out / LOCK).unlink()  # now whoever gets it finds ``out``
+    return _reported(out, made, started)
+
+
+def _is_in_place(out: Path, signature: dict[str, Any]) -> bool:
+    """Whether ``out`` is what this command builds. Raises ShardError if it is anything else but empty or missing."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / SIGNATURE).is_file():
+        raise ShardError(f"{out} exists and is not empty: remove it or give another --out")
+    compare(out, signature)
+    if (out / LOCK).exists():  # a command ended between its last two steps
+        (out / LOCK).unlink(missing_ok=True)
+    return True
+
+
+def _reported(out: Path, made: int, started: float) -> BuildReport:
+    outcome = json.loads((out / REPORT).read_text())
+    return BuildReport(**outcome, index=read_report(out), made=made, seconds=time.monotonic() - started)
+
+
+def _make(
+    partial: Path, lists: Sequence[str | Path], form: str, reading: Reading, samples_per_shard: int,
+    reencoding: Reencoding | None, workers: int, progress: bool,
+) -> int:  # fmt: skip
+    """Everything but the last moves; the totals are written last. Returns the number of samples made."""
+    plan = Plan.open(partial / WORK) or make_plan(
+        partial / WORK, [Path(path) for path in lists], form, reading, samples_per_shard, progress
+    )
+    if not plan.samples:
+        reasons = f" ({_counted(plan.bad_rows)})" if plan.bad_rows else ""
+        raise ShardError(f"no rows in {', '.join(map(str, lists))}{reasons}")
+    tasks = [
+        _Task(partial, shard, plan.span(shard), shard * samples_per_shard, reading.media_root, reencoding)
+        for shard in range(plan.shards)
+        if not _is_finished(partial, shard)
+    ]
+    made = _write_shards(tasks, plan, samples_per_shard, workers, progress)
+    outcome = _write_rejects(partial, plan)
+    if not outcome["shards"]:
+        reasons = _counted(outcome["rejects"])
+        raise ShardError(f"all {plan.samples} media files were left out ({reasons}): see {partial}/{REJECTS}")
+    build_index(partial, workers, progress)
+    write_whole(partial / REPORT, json.dumps(outcome, indent=1).encode("ascii"))
+    return made
 
 
 def _write_shards(tasks: list[_Task], plan: Plan, samples_per_shard: int, workers: int, progress: bool) -> int:
@@ -246,33 +276,13 @@ def _counted(reasons: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
 
 
-def _digest(path: Path) -> dict[str, str]:
-    """Name and digest of a list; a folder's files are not read."""
-    digest = hashlib.blake2b(digest_size=16)
-    if path.is_file():
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return {"name": path.name, "digest": digest.hexdigest()}
-
-
 def _resume_or_clear(partial: Path, signature: dict[str, Any]) -> None:
     """Keeps what an earlier run of the same command left in ``partial``, less what it was just writing."""
     if (partial / SIGNATURE).exists():
-        _compare(partial, signature)
+        compare(partial, signature)
         left = [*partial.glob("*.tmp"), *(partial / WORK).glob("*.tmp")]
     else:
         left = [path for path in (*partial.iterdir(), *(partial / WORK).iterdir()) if path.name not in (WORK, LOCK)]
     for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_whole(partial / SIGNATURE, json.dumps(signature, indent=1).encode("ascii"))
-
-
-def _compare(folder: Path, signature: dict[str, Any]) -> None:
-    before = json.loads((folder / SIGNATURE).read_text())
-    for key in signature:
-        if before.get(key) != signature[key]:
-            raise ShardError(
-                f"{folder} holds a build with {key} = {json.dumps(before.get(key))}, this command has "
-                f"{json.dumps(signature[key])}: give the same command to go on, another --out, or remove the folder"
-            )

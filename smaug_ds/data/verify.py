@@ -15,11 +15,13 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from smaug_ds.data.image import decode_image
 from smaug_ds.data.index import ShardIndex
+from smaug_ds.data.media import MediaError
 from smaug_ds.data.parallel import die_with_parent, room_in
 from smaug_ds.data.sample import Sample
 from smaug_ds.data.shard import ShardError
-from smaug_ds.data.video import MediaError, Video, all_frames, decode_image
+from smaug_ds.data.video import Video, all_frames
 from smaug_ds.progress import bar
 
 LEDGER = "verify.jsonl"

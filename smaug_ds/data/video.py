@@ -1,4 +1,4 @@
-"""Video and image files as bytes: probe, trim, decode. One demux tells what a decoder needs; nothing else is decoded.
+"""Video files as bytes: probe, trim, decode. One demux tells what a decoder needs; nothing else is decoded.
 
 Packets are read once. To show wanted frames a decoder needs the packets from the key frame before the first of them to
 the last of them, less those that are neither wanted nor referred to, which H.264 and HEVC tell. ``Video.decode`` feeds
@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
 
@@ -28,49 +26,15 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from smaug_ds.data.bitstream import HIDING_CODECS, Picture, nal_length_size, read_picture
-
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
-VIDEO_SUFFIXES = frozenset(
-    {"mp4", "webm", "mkv", "mov", "avi", "gif", "m4v", "mpg", "mpeg", "ts", "3gp", "flv", "wmv", "ogv"}
-)
+from smaug_ds.data.image import probe_image
+from smaug_ds.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaFacts
 
 # DALI's conversion, which knows BT.601 only and interpolates chroma; with these flags PyAV gives the same bytes.
 _AS_DALI = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 # Containers that DALI reads and that hold what NVDEC decodes.
 _MUXER = {"h264": "mp4", "hevc": "mp4", "av1": "mp4", "mpeg4": "mp4", "vp8": "matroska", "vp9": "matroska"}
-
-
-class MediaError(Exception):
-    """A media file that cannot be used. ``stage``: "open", "demux", "decode" or "image"; ``reason``: in words."""
-
-    def __init__(self, stage: str, reason: str) -> None:
-        super().__init__(stage, reason)
-        self.stage = stage
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.stage}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class MediaFacts:
-    """What an index keeps of a media file. An image is a video of one frame with fps and duration 0."""
-
-    codec: str  # FFmpeg's name for video, PIL's format in lower case for images
-    pixel_format: str  # FFmpeg's name ("yuv420p"), PIL's mode for images
-    width: int  # pixels as displayed, that is after rotation
-    height: int
-    frames: int  # frames that the packets in the file can show
-    declared_frames: (
-        int  # frames that the header claims, 0 if it is silent; more than ``frames``: the file is cut short
-    )
-    fps: float  # from the time stamps, not from the header
-    duration_s: float
-    rotation: int  # degrees counter-clockwise that a decoder that ignores it has to turn the frames: 0, 90, 180 or 270
-    key_frames: int  # frames at which decoding may start
 
 
 class Video:
@@ -249,10 +213,7 @@ def probe(media: bytes, suffix: str) -> MediaFacts:
         return Video(media).facts()
     if suffix not in IMAGE_SUFFIXES:
         raise MediaError("open", f"suffix {suffix!r} is none of {', '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}")
-    with _opened_image(media) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        width, height = reversed(image.size) if turned else image.size
-        return MediaFacts((image.format or "").lower(), image.mode, width, height, 1, 1, 0.0, 0.0, 0, 1)
+    return probe_image(media)
 
 
 def choose_frames(frames: int, wanted: int, generator: np.random.Generator | None) -> NDArray[np.int64]:
@@ -273,29 +234,6 @@ def trim(media: bytes, indices: Sequence[int] | NDArray[np.int64]) -> tuple[byte
 def decode(media: bytes, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
     """``Video.decode`` of a clip that is not open yet: (T, H, W, 3)."""
     return Video(media).decode(indices)
-
-
-def decode_image(media: bytes) -> NDArray[np.uint8]:
-    """RGB pixels (1, H, W, 3), turned as EXIF says. Raises ``MediaError``."""
-    with _opened_image(media) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):  # PIL would clip 16 bits to white
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        if upright.mode == "P" and "transparency" in upright.info:  # PIL warns on the direct way; the pixels are equal
-            upright = upright.convert("RGBA")
-        return np.asarray(upright.convert("RGB"))[None]
-
-
-@contextlib.contextmanager
-def _opened_image(media: bytes) -> Iterator[Image.Image]:
-    """PIL reports damage by exceptions of many kinds: all of them become ``MediaError``."""
-    try:
-        with Image.open(io.BytesIO(media)) as image:
-            yield image
-    except UnidentifiedImageError as error:
-        raise MediaError("image", "not an image in a known format") from error
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise MediaError("image", f"{type(error).__name__}: {error}") from error
 
 
 def _open(media: bytes, quick: bool) -> VideoStream:

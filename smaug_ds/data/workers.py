@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -22,10 +25,11 @@ import torch
 
 from smaug_ds.data import wire
 from smaug_ds.data.quarantine import Spot, Verdict
-from smaug_ds.data.sample import MEDIA
+from smaug_ds.data.sample import MEDIA, Place
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # they ask a job to save and leave
 _GRACE_SECONDS = 5.0  # for the kernel to end a process; one that hangs in a dead storage may take hours
+_TIDY_EVERY = 50  # items
 _TASK_BYTES = 1 << 18  # at most
 UNREADY = -1  # number of the error of a worker that could not begin
 
@@ -138,14 +142,16 @@ class Worker:
         """Readable when there are results, or the process is gone."""
         return self._pipe.fileno()
 
-    def give(self, number: int, index: int, verdicts: Mapping[Spot, Verdict]) -> bool:
-        """Has it make ``reader[index]`` after what it was given before; ``verdicts`` are new to it.
+    def give(
+        self, number: int, index: int, verdicts: Mapping[Spot, Verdict], pyav_only: frozenset[Place | str]
+    ) -> bool:
+        """Has it make ``reader[index]`` after what it was given before; ``verdicts`` and ``pyav_only`` are new to it.
 
         False if it has too much in hand. That it is gone is not told here, but where results are read.
         """
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             try:
-                self._pipe.send(pickle.dumps((number, index, verdicts)), socket.MSG_DONTWAIT)
+                self._pipe.send(pickle.dumps((number, index, verdicts, pyav_only)), socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return False
         return True
@@ -218,18 +224,32 @@ def _serve(pipe: socket.socket, board: Board, pickled: bytes) -> None:
         wire.send(pipe, UNREADY, Raised.of(error), board.touch)
         return
     reader.watch = board.show
+    gc.freeze()  # what is there by now stays: ``_tidy`` need not look at it
     board.touch()
-    while task := pipe.recv(_TASK_BYTES):
-        number, index, verdicts = pickle.loads(task)
+    for finished in itertools.count(1):
+        task = pipe.recv(_TASK_BYTES)
+        if not task:
+            return
+        number, index, verdicts, pyav_only = pickle.loads(task)
         board.show_item(number)
         reader.condemn(verdicts)
+        reader.pyav_only |= pyav_only
         try:
             item = reader[index]
         except Exception as error:
             item = Raised.of(error)
         wire.send(pipe, number, item, board.touch)
         del item  # before the next one needs its memory
+        if finished % _TIDY_EVERY == 0:
+            _tidy()
         board.touch()
+
+
+def _tidy() -> None:
+    """Gives memory back. Media files that are open in cycles of references wait for the garbage collection, and what
+    is allocated meanwhile scatters over the heap, whose holes the C library keeps: megabytes in a thousand samples."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _follow_rank() -> None:

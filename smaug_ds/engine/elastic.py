@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smaug_ds import distributed
 from smaug_ds.data.order import stable_hash
-from smaug_ds.exchange.zero import MODEL_STATES, MasterWeights, read_states
+from smaug_ds.exchange.zero import MODEL_STATES, MasterWeights, partition_files, read_states
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
@@ -35,10 +35,10 @@ def restore_engine(engine: Any, folder: Path) -> None:
     if steps is not None:
         for part in groups:
             adam[part] |= {name: torch.zeros_like(part) for name in MOMENTS if name not in adam[part]}
-            adam[part]["step"] = steps.clone()
+            adam[part]["step"] = _as_kept(steps, engine.optimizer.optimizer, part)
     for name, parameter in engine.module.named_parameters():
-        mine = parameter._hp_mapping
-        if mine is None:  # no piece of it lies on this rank
+        mine = getattr(parameter, "_hp_mapping", None)
+        if mine is None:  # frozen, or no piece of it lies on this rank
             continue
         part = groups[mine.param_group_index]
         _copy(masters[name], part.data, mine)
@@ -46,6 +46,8 @@ def restore_engine(engine: Any, folder: Path) -> None:
             moment = masters.moment(name, kind)
             assert moment is not None, "all groups have stepped together"
             _copy(moment, adam[part][kind], mine)
+    if hasattr(engine.optimizer, "loss_scaler"):  # fp16's goes on where it was: anew it would skip steps
+        engine.optimizer.loss_scaler = _read_loss_scaler(folder)
     engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
     engine.global_steps, engine.skipped_steps = states["global_steps"], states["skipped_steps"]
     engine.global_samples = states["global_samples"]
@@ -63,6 +65,22 @@ def merge_rank_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def seed_rank(step: int) -> None:
     """Random states for ranks that are not the ones of the checkpoint: their dropout is other, but as random."""
     torch.manual_seed(stable_hash(f"step {step}, rank {distributed.rank()} of {distributed.world_size()}"))
+
+
+def _read_loss_scaler(folder: Path) -> Any:
+    from smaug_ds.engine.deepspeed import safe_load
+
+    with safe_load():
+        state = torch.load(partition_files(folder)[0], map_location="cpu", mmap=True)
+    return state["optimizer_state_dict"]["loss_scaler"]
+
+
+def _as_kept(steps: Tensor, adam: torch.optim.Optimizer, part: Tensor) -> Tensor | int:
+    """The number of steps as this AdamW keeps it: DeepSpeed's own as a number, torch's as a tensor, on the device if it
+    is fused."""
+    if not isinstance(adam, torch.optim.AdamW):
+        return int(steps)
+    return steps.to(part.device if adam.defaults["fused"] or adam.defaults["capturable"] else "cpu", copy=True)
 
 
 def _copy(whole: Tensor, part: Tensor, mine: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections import defaultdict, deque
@@ -242,19 +243,23 @@ class Monitor:
 
 def truncate_lines(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops the JSON lines of ``path`` from the first one whose ``step`` is greater: what a run wrote after its last
-    checkpoint and before it was killed. A last line that was cut off in writing goes, too. Returns what stays."""
+    checkpoint and before it was killed. So do lines that were cut off in writing, wherever they stand. Returns what
+    stays."""
+    if not path.exists():
+        return []
     texts, lines = [], []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_bytes().split(b"\n"):  # not at other ends of lines, which a JSON text may hold
         try:
             line = json.loads(text)
         except ValueError:
-            break
+            continue
         if line["step"] > step:
             break
-        texts.append(text + "\n")
+        texts.append(text + b"\n")
         lines.append(line)
-    if path.exists():
-        path.write_text("".join(texts), encoding="utf-8")
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_bytes(b"".join(texts))
+    os.replace(aside, path)  # whoever is killed here loses nothing
     return lines
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, dump, naming, to_dict
 from smaug_ds.data.loader import TrainLoader
-from smaug_ds.data.quarantine import DataError, Failure, Ledger, read_ledgers
+from smaug_ds.data.quarantine import DataError, Failure, Ledger, merge, read_ledgers
 from smaug_ds.data.quarantine import summary as summarise
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine import checkpoint
@@ -98,6 +98,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
 
     # ---- resume
     first_step, seconds = state.get("step", 0), state.get("wall_seconds", 0.0)
+    earlier = [Failure.from_dict(failure) for failure in state.get("quarantine", ())]
     if distributed.is_main():
         for path in ledger.path.parent.glob("*.jsonl"):  # of all ranks that the run ever had
             truncate_lines(path, first_step - 1)
@@ -106,13 +107,14 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
     if latest:
         rank_state = checkpoint.restore(engine, latest)
         loader.load_state_dict(state["loader"])
-        loader.honour([Failure.from_dict(failure) for failure in state["quarantine"]])
+        loader.honour(earlier)
         monitor.meters.load_state_dict(rank_state["meters"], device)
         say(f"resumed from {latest}")
 
     # ---- loop
     def quarantined() -> list[Failure]:
-        return read_ledgers(ledger.path.parent) if distributed.is_main() else []
+        # A ledger that was lost on the way takes nothing with it that a checkpoint holds.
+        return merge([*earlier, *read_ledgers(ledger.path.parent)]) if distributed.is_main() else []
 
     def save(step: int) -> None:
         failures = quarantined()

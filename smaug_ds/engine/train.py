@@ -77,7 +77,11 @@ class BatchConfig:
         return self.global_size // at_once
 
     def require(self, samples: Mapping[Medium, int]) -> None:
-        """Raises ConfigError when a step of a medium that occurs would hold one of its ``samples`` twice."""
+        """Raises ConfigError when a step of a medium that occurs takes more than its ``samples``: some come twice.
+
+        A set with a weight of several times its share may still bring a sample back within a step: copies count as
+        positives of each other.
+        """
         for medium, count in samples.items():
             if 0 < count < self.global_size:
                 raise ConfigError(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smaug_ds.data.index import ShardIndex
+from smaug_ds.data.media import MediaFacts
 from smaug_ds.data.sample import Medium, Sample
 from smaug_ds.data.shard import Entry, ShardError
-from smaug_ds.data.video import MediaFacts
 from smaug_ds.evaluation.benchmarks import Benchmark, BenchmarkError, Found, find_in_folder, find_in_shards
 
 _UNKNOWN = MediaFacts("", "", 0, 0, 0, 0, 0.0, 0.0, 0, 0)  # of a file in a folder: no decoder but PyAV takes it

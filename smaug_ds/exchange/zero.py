@@ -47,7 +47,7 @@ class MasterWeights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         states = read_states(folder / MODEL_STATES)
-        ranks = [_read(file, "optimizer_state_dict")["optimizer_state_dict"] for file in _partition_files(folder)]
+        ranks = [_read(file, "optimizer_state_dict")["optimizer_state_dict"] for file in partition_files(folder)]
         for rank, state in enumerate(ranks):
             if "single_partition_of_fp32_groups" not in state:
                 raise ValueError(f"{folder}: rank {rank}'s file holds no weights of ZeRO stage 1 or 2")
@@ -79,8 +79,8 @@ class MasterWeights(Mapping[str, Tensor]):
         return _flat(parts, place.start, math.prod(place.shape)).view(place.shape)
 
     def steps(self) -> Tensor | None:
-        """Steps that Adam has taken, a scalar; None before the first."""
-        return torch.as_tensor(self._adam[0][0]["step"]).detach().clone() if self._adam[0] else None
+        """Steps that Adam has taken, a float32 scalar; None before the first."""
+        return torch.tensor(float(self._adam[0][0]["step"])) if self._adam[0] else None
 
     def __iter__(self) -> Iterator[str]:
         yield from self._places
@@ -117,7 +117,7 @@ def _flat(parts: Sequence[Tensor], start: int, count: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _partition_files(folder: Path) -> list[Path]:
+def partition_files(folder: Path) -> list[Path]:
     """The files of ranks 0, 1, ... in that order."""
     found = {int(match[1]): path for path in folder.glob("*.pt") if (match := _PARTITION.fullmatch(path.name))}
     if not found:

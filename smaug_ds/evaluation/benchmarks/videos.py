@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from smaug_ds.data.index import ShardIndex
+from smaug_ds.data.media import VIDEO_SUFFIXES
 from smaug_ds.data.shard import Entry, SampleError, ShardError, parse_metadata
-from smaug_ds.data.video import VIDEO_SUFFIXES
 from smaug_ds.evaluation.benchmarks.records import Benchmark, BenchmarkError
 
 # DiDeMo has names that end in ".mts", ".m2ts", ".3g2" or in a bare dot.
