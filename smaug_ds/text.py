@@ -134,6 +134,8 @@ def train_vocabulary(captions: Iterable[str], size: int, path: str | os.PathLike
 
 
 def _find(path: Path) -> Path:
+    if path == Path():
+        raise ValueError("no tokenizer is named: data.tokenizer must name a vocab.txt or a tokenizer.json")
     candidates = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file():

@@ -198,3 +198,33 @@ def test_captions_without_a_word_are_left_out_of_a_build(media: Path, tmp_path: 
     report = build([media / "dots.json"], media, tmp_path / "out")
     assert (report.index.samples, report.rejects) == (1, {"no_caption": 1})
     assert samples_of(tmp_path / "out")[0].captions == ("a dog",)
+
+
+def test_a_storage_that_comes_back_is_looked_at_again(media: Path, tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    with pytest.raises(ShardError, match=r"all 10 media files were left out \(missing 10\)"):
+        build([media / "list.json"], tmp_path / "away", tmp_path / "out", samples_per_shard=4)
+    for file in media.iterdir():
+        (tmp_path / "away" / file.name).write_bytes(file.read_bytes())
+    report = build([media / "list.json"], tmp_path / "away", tmp_path / "out", samples_per_shard=4)
+    assert (report.index.samples, report.rejects) == (10, {})
+
+
+def test_a_command_that_finished_nothing_does_not_stand_in_the_way(media: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps([{"video": "nowhere.mp4", "caption": 7}]))
+    with pytest.raises(ValueError, match="row 0"):  # a wrong list
+        build([tmp_path / "list.json"], media, tmp_path / "out")
+    assert build([media / "list.json"], media, tmp_path / "out").index.samples == 10
+
+
+def test_a_folder_leaves_nothing_out_in_silence(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4", "b.webm", "c.mp4"):
+        (tmp_path / name).write_bytes(make_clip(40))
+    (tmp_path / "a.jpg").write_bytes(make_image(3))  # a thumbnail
+    for name in ("d.mp3", "e"):
+        (tmp_path / name).write_bytes(b"sound")
+    for key in "abcde":
+        (tmp_path / f"{key}.txt").write_text(f"this is {key}")
+    report = build([tmp_path], tmp_path, tmp_path.parent / f"{tmp_path.name}_out")
+    assert report.index.samples == 3
+    assert report.rejects == {"suffix": 2, "same_key": 1}

@@ -284,17 +284,27 @@ def _folder(path: Path, reading: Reading) -> Rows:
         start = path.resolve().relative_to(reading.media_root.resolve())
     except ValueError:
         raise SourceError(f"{path} lies outside --media-root {reading.media_root}") from None
+    row = 0
     for current, folders, files in os.walk(path):
         folders.sort()
         here = start / Path(current).relative_to(path)
-        keys: dict[str, tuple[str, str]] = {}  # a video comes before its thumbnail, as in an index
+        keys: dict[str, list[str]] = {}
         for name in sorted(files):
-            key, _, suffix = name.rpartition(".")
-            if key and (medium := medium_of(suffix.lower())):
-                keys[key] = max(keys.get(key, ("", "")), (medium, name))
-        for kind, name in keys.values():
-            place = (here / name).as_posix()
-            yield Annotation("video" if kind == "video" else "image", place, (), place, beside=True)
+            keys.setdefault(Path(name).stem, []).append(name)
+        for key, names in keys.items():
+            media = [(medium, name) for name in names if (medium := medium_of(Path(name).suffix[1:].lower()))]
+            captioned = f"{key}.txt" in names or f"{key}.json" in names
+            others = [name for name in names if captioned and name not in (f"{key}.txt", f"{key}.json")]
+            if media:
+                kind, chosen = max(media)  # a video comes before its thumbnail, as in an index
+                place = (here / chosen).as_posix()
+                yield Annotation(kind, place, (), place, beside=True)
+                others = [name for medium, name in media if medium == kind and name != chosen]
+            for name in others:
+                why = "same_key" if media else "suffix"
+                detail = f"{chosen} has the same name" if media else "neither an image nor a video that can be read"
+                yield BadRow(row, why, f"{(here / name).as_posix()}: {detail}")
+            row += 1
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class IndexReport:
     sizes: dict[str, int] = field(default_factory=dict)  # "WIDTHxHEIGHT" -> samples, the most frequent ones
     distinct_sizes: int = 0
     rejects: dict[str, int] = field(default_factory=dict)  # reason -> samples
+    skipped_tars: int = 0  # that cannot be used
 
     def __str__(self) -> str:
         lines = [
@@ -60,6 +61,10 @@ class IndexReport:
             lines.append(f"{self.cut_short} videos have fewer frames than their header declares")
         if self.rejects:
             lines.append(f"{sum(self.rejects.values())} rejected: {_counted(self.rejects)}")
+        if self.skipped_tars:
+            lines.append(
+                f'{self.skipped_tars} tars skipped, which cannot be used: see "skipped" in index/manifest.json'
+            )
         return "\n".join(lines)
 
 
@@ -153,6 +158,7 @@ def _write(partial: Path, sizes: dict[str, int], skipped: list[dict[str, Any]]) 
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     report, lengths, vocabularies = _totals(scans(), skipped, partial.parent)
+    report.skipped_tars = len(skipped)
     kinds: tuple[np.dtype, ...] = (SAMPLE_DTYPE, np.dtype(np.uint8), np.dtype(np.uint32))
     key_bytes = sum(keys for _, keys in lengths)
     with (

@@ -158,6 +158,8 @@ def open_mixture(config: DataConfig) -> Mixture:
 
 def _sets_on_disk(config: DataConfig) -> list[tuple[SetConfig, list[str]]]:
     """Each set of the manifest with its folders; none for a set that is absent and may be."""
+    if not Path(config.corpus).is_file():
+        raise ConfigError(f"data.corpus: {config.corpus} does not exist or is no file")
     try:
         manifest = parse(Manifest, config.corpus)
     except ConfigError as error:

@@ -248,11 +248,15 @@ def _record(folder: Path, shard: int) -> dict[str, Any]:
 
 
 def _is_finished(folder: Path, shard: int) -> bool:
-    """Whether the record of a shard is there and the tar is as long as it says."""
+    """Whether the record of a shard is there and the tar is as long as it says. A shard all of whose files were out of
+    reach is tried again: a storage that was away may be back."""
     tar = _tar(folder, shard)
     if not _record_path(folder, shard).exists():
         return False
-    return _record(folder, shard)["bytes"] == (tar.stat().st_size if tar.exists() else None)
+    record = _record(folder, shard)
+    if not record["samples"] and {line["reason"] for line in record["rejects"]} <= {"missing", "unreadable"}:
+        return False
+    return record["bytes"] == (tar.stat().st_size if tar.exists() else None)
 
 
 def _write_rejects(folder: Path, plan: Plan) -> dict[str, Any]:
@@ -277,8 +281,11 @@ def _counted(reasons: dict[str, int]) -> str:
 
 
 def _resume_or_clear(partial: Path, signature: dict[str, Any]) -> None:
-    """Keeps what an earlier run of the same command left in ``partial``, less what it was just writing."""
-    if (partial / SIGNATURE).exists():
+    """Keeps what an earlier run of the same command left in ``partial``, less what it was just writing. What another
+    command left there goes if not one shard of it was finished: most often it was a typing error."""
+    signed = partial / SIGNATURE
+    finished = any(path.stem.isdigit() for path in (partial / WORK).glob("*.json"))
+    if signed.exists() and (finished or json.loads(signed.read_text()) == signature):
         compare(partial, signature)
         left = [*partial.glob("*.tmp"), *(partial / WORK).glob("*.tmp")]
     else:

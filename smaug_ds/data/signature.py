@@ -56,5 +56,5 @@ def compare(folder: Path, signature: dict[str, Any]) -> None:
         if before.get(key) != signature[key]:
             raise ShardError(
                 f"{folder} holds a build with {key} = {json.dumps(before.get(key))}, this command has "
-                f"{json.dumps(signature[key])}: give the same command to go on, another --out, or remove the folder"
+                f"{json.dumps(signature[key])}: give the same command to go on, another --out, or remove {folder}"
             )

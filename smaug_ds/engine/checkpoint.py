@@ -176,6 +176,8 @@ def find(path: str | Path) -> Path:
     Raises ValueError when there is none.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: name a run folder or a checkpoint")
     name = _read_pointer(path / "checkpoints")
     found = path / "checkpoints" / name if name else path
     if not (found / WEIGHTS).is_file():
