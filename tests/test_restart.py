@@ -366,19 +366,21 @@ def test_the_tool_killed_at_random_moments_makes_the_same_shards(tmp_path: Path)
     command += ["--reencode", "--short-side", "200", "--out"]
     subprocess.run([*command, tmp_path / "whole"], cwd=ROOT, check=True, capture_output=True, timeout=120)
     draw = random.Random(5)
+    partial = tmp_path / "out.partial"
     kills = 0
     for _ in range(30):
         with subprocess.Popen([*command, tmp_path / "out"], cwd=ROOT, stderr=subprocess.DEVNULL) as tool:
-            try:
-                if kills < 2:
-                    tool.wait(draw.uniform(3, 7))
+            finished = draw.choice((1, 2, 3)) + 3 * kills  # shards; from there a moment on
+            while kills < 2 and tool.poll() is None and len([*partial.glob("*.tar")]) < finished:
+                time.sleep(0.005)
+            if kills == 2 or tool.poll() is not None:
                 tool.wait(120)
                 break
-            except subprocess.TimeoutExpired:
-                workers = children(tool.pid)
-                tool.kill()
-                tool.wait()
-                kills += 1
+            time.sleep(draw.uniform(0, 0.2))
+            workers = children(tool.pid)
+            tool.kill()
+            tool.wait()
+            kills += 1
         deadline = time.monotonic() + 30
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
             assert time.monotonic() < deadline, "workers outlive the tool"

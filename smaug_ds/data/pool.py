@@ -30,6 +30,7 @@ from smaug_ds.data.sample import Place
 from smaug_ds.data.workers import UNREADY, Raised, Status, Worker
 
 _MOST_DEATHS = 3  # over one item, for which no sample is to blame
+_RETRY_SECONDS = 0.5  # after a worker that could not be started: a server that was killed is for a moment neither
 _LOOK_SECONDS = 0.1  # between looks at the workers
 _MOST_TOLD = 256  # samples that PyAV has to decode, told with one item: a message has a limit, and they can wait
 _LATE_LOOKS = 10  # in a row that have to find a worker late: after the whole job was stopped all are, for a moment
@@ -156,6 +157,7 @@ class Pool:
             seat.worker = Worker(pickled)
         except (OSError, EOFError) as error:
             self._count_death(self._again[0], f"it could not be started: {error!r}")
+            self._stop.wait(_RETRY_SECONDS)
         return seat.worker
 
     def _attend(self, seconds: float) -> None:
