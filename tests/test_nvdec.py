@@ -106,13 +106,13 @@ def test_damaged_parameters_are_left_to_pyav() -> None:
 def test_a_title_that_is_not_utf8() -> None:
     named = io.BytesIO()
     with av.open(io.BytesIO(moving_clip("h264", 1, (160, 100), frames=3))) as source, av.open(named, "w", "mp4") as out:
-        out.metadata["title"] = "XXXXcafe"
+        out.metadata["title"] = "QQQQcafe"
         track = out.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.size:
                 packet.stream = track
                 out.mux(packet)
-    media = named.getvalue().replace(b"XXXXcafe", b"XXXXcaf\xe9")
+    media = named.getvalue().replace(b"QQQQcafe", b"QQQQcaf\xe9")
     assert b"caf\xe9" in media
     changed = nvdec.uncropped("h264", media)
     assert changed is not None and probe(changed, "mp4").height == 112
