@@ -212,7 +212,7 @@ def test_weights_are_found_by_run_and_by_checkpoint(tmp_path: Path) -> None:
         weights = checkpoint.load_weights(place)
         assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert json.loads((path / "config.json").read_text()) == {"frames": 4}
-    with pytest.raises(ValueError, match="neither a run folder with a checkpoint nor a checkpoint"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist"):
         checkpoint.load_weights(tmp_path / "nowhere")
     (path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):

@@ -107,7 +107,7 @@ def test_two_ranks_equal_one(run_folder: Path, tmp_path: Path) -> None:
         (["--benchmark", "nowhere.json", "--media", "nowhere"], "--benchmark: nowhere.json cannot be read"),
         (["--compare", "nowhere.json"], "--compare nowhere.json"),
         (["model.frames_kept=4"], "model.frames_kept is 4"),
-        (["--checkpoint", "nowhere"], "nowhere is neither"),
+        (["--checkpoint", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -113,7 +113,7 @@ def test_what_no_loss_depends_on_stays_as_it_is(start: Path, toy_shards: Path, t
 @pytest.mark.parametrize(
     ("task", "changed", "message"),
     [
-        ("retrieval", ["run.init_from=nowhere"], "run.init_from: nowhere is neither"),
+        ("retrieval", ["run.init_from=nowhere"], "run.init_from: nowhere does not exist"),
         ("retrieval", ["task=retreival"], "task: expected one of retrieval"),
         ("question_answering", ["questions.train=[]"], "questions.train is empty"),
         ("question_answering", ["questions.train=[nowhere.json]"], "questions.train: nowhere.json"),

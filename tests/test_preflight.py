@@ -105,7 +105,7 @@ def test_a_host_without_faults(own: list[str], tmp_path: Path) -> None:
     [
         ("model.framse=2", "config", "unknown key model.framse"),
         ("run.deepspeed=none.json", "config", "run.deepspeed: .*none.json"),
-        ("run.init_from=nowhere", "config", "run.init_from: nowhere is neither"),
+        ("run.init_from=nowhere", "config", "run.init_from: nowhere does not exist"),
         ("data.train=[nowhere]", "data", "shard folder nowhere does not exist"),
         ("data.test=[nowhere]", "data", "shard folder nowhere does not exist"),
         ("data.tokenizer=nowhere", "config", "data.tokenizer: .*nowhere"),

@@ -415,7 +415,7 @@ def test_a_signal_to_a_real_run_saves_and_stage_two_starts_from_it(
         ("data.test=[nowhere]", "data.test: "),
         ("data.tokenizer=nowhere", "data.tokenizer: "),
         ("model.text.vocab_size=7", "model.text.vocab_size is 7, but data.tokenizer"),
-        ("run.init_from=nowhere", "run.init_from: nowhere is neither"),
+        ("run.init_from=nowhere", "run.init_from: nowhere does not exist"),
         ("optim.warmup_steps=8", "optim.warmup_steps makes 8 warm-up steps"),
         ("batch.global_size=1000", "batch.global_size is 1000, but the corpus has only "),
         (f"run.folder={__file__}", f"run.folder: {__file__} is a file"),
