@@ -41,10 +41,12 @@ def parse(
     path: str | Path | None,
     overrides: Sequence[str] = (),
     base: Callable[[dict[str, Any]], T] | None = None,
+    named_by: str = "--config",
 ) -> T:
     """Builds ``cls`` from its defaults, then the YAML file at ``path``, then ``key=value`` overrides, in that order.
 
     Overrides take dotted keys and YAML scalars or flow lists: ``model.vision.sparsify_layers=[2,3]``.
+    ``named_by`` says in errors what ``path`` is.
     ``base`` makes what stands in place of the class's defaults, out of the values that were given, as nested dicts.
     A nested dataclass with a classmethod ``of_size(name)`` takes its defaults from there when ``size`` is set.
 
@@ -53,7 +55,7 @@ def parse(
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_section(cls, _load_file(Path(path)), "", str(path))
+        values = _read_section(cls, _load_file(Path(path), named_by), "", str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -102,12 +104,12 @@ class _TextLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep=True)
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path, named_by: str) -> Any:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
-    return _load_yaml(text, f"--config {path}")
+        raise ConfigError(f"{named_by} {path}: {error.strerror}") from error
+    return _load_yaml(text, f"{named_by} {path}")
 
 
 def _load_override(key: str, text: str) -> Any:

@@ -151,6 +151,11 @@ def test_the_tools_on_the_command_line(media: Path, tmp_path: Path) -> None:
     assert refused.returncode == 2 and "samples_per_shard = 256, this command has 9" in refused.stderr
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
 
+    for tool, folder in (("build", ("--list", media / "list.json", "--out", tmp_path / "no")), ("index", (tmp_path,))):
+        wrong = run_tool(f"tools/{tool}_shards.py", *folder, "--workers", -3)
+        assert wrong.returncode == 2 and "'-3' is no whole number of at least 1" in wrong.stderr
+    assert not (tmp_path / "no").exists()
+
     write_tar(tmp_path / "ready" / "00000.tar", crawled("a", make_image(1), "jpg", "a picture"))
     indexed = run_tool("tools/index_shards.py", tmp_path / "ready", tmp_path / "nowhere", "--workers", 1)
     assert indexed.returncode == 2

@@ -292,6 +292,12 @@ def test_what_is_wrong_with_a_manifest_is_told(case: str, root: Path, tmp_path: 
     assert "data.corpus" in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+def test_a_manifest_that_is_no_yaml_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.corpus: the manifest .*not valid YAML: line 1") as error:
+        open_mixture(DataConfig(corpus=write_manifest(tmp_path, "sets: [}")))
+    assert "--config" not in str(error.value)
+
+
 def test_manifest_and_folders_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match=r"data\.corpus is a\.yaml and data\.train \['b'\]"):
         DataConfig(corpus="a.yaml", train=("b",))

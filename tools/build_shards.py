@@ -23,7 +23,7 @@ from smaug_ds.data.gain import estimate
 from smaug_ds.data.reencode import Reencoding
 from smaug_ds.data.shard import ShardError
 from smaug_ds.data.sharding import build
-from tools.index_shards import add_verification, verified
+from tools.index_shards import add_verification, at_least_one, verified
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=["auto", *READERS], default="auto", dest="form")
     parser.add_argument("--media-name", default="", help="file names of images listed by url, as '{md5}.jpg'")
     parser.add_argument("--split", choices=SPLITS, default="train", help="of Karpathy's dataset_coco.json")
-    parser.add_argument("--samples-per-shard", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument("--samples-per-shard", type=at_least_one, default=256)
+    parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), help="processes (default: cores)")
     parser.add_argument("--reencode", action="store_true", help="encode clips and large images again: not bit for bit")
     parser.add_argument("--estimate", action="store_true", help="with --reencode: what it would gain; writes nothing")
     for name, text in [
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.estimate:
             reading = Reading(media_root, options.media_name, options.split)
-            print(estimate(options.lists, media_root, reencoding, options.form, reading))
+            print(estimate(options.lists, media_root, reencoding, options.form, reading, progress=True))
             return 0
         report = build(
             options.lists,

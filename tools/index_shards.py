@@ -22,6 +22,13 @@ from smaug_ds.data.shard import ShardError
 from smaug_ds.data.verify import verify
 
 
+def at_least_one(text: str) -> int:
+    """A count of the command line. Raises ArgumentTypeError, which argparse reports, for what is none."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
 def add_verification(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", choices=["decode"], help="decode all frames of all samples; exit 1 if any fails")
     parser.add_argument("--seconds", type=float, default=60.0, help="that --verify gives one sample (default 60)")
@@ -39,7 +46,7 @@ def verified(folder: Path, options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder with .tar files")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument("--workers", type=at_least_one, default=os.cpu_count(), help="processes (default: cores)")
     parser.add_argument("--skip-bad-shards", action="store_true", help="index the others when tars cannot be read")
     add_verification(parser)
     options = parser.parse_args(arguments)

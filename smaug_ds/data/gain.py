@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from smaug_ds.data.annotations import Annotation
 from smaug_ds.data.corpora import BadRow, Reading, read_corpus
 from smaug_ds.data.media import MediaError, MediaFacts
@@ -68,16 +70,22 @@ def frames_to_decode(media: bytes, shown: int) -> int:
 
 
 def estimate(
-    lists: Iterable[str | Path], media_root: str | Path, reencoding: Reencoding, form: str, reading: Reading
+    lists: Iterable[str | Path],
+    media_root: str | Path,
+    reencoding: Reencoding,
+    form: str,
+    reading: Reading,
+    progress: bool = False,
 ) -> Gain:
-    """Encodes files at equal distances in the lists again, and compares. Writes nothing.
+    """Encodes files at equal distances in the lists again, and compares. Writes nothing but a bar of ``progress``.
 
     Raises:
         SourceError: as ``read_corpus``.
         ShardError: not one of the files tried can be used.
     """
     gain = Gain()
-    for annotation in _spread(found for path in lists for found in read_corpus(path, reading, form)):
+    tried = _spread(found for path in lists for found in read_corpus(path, reading, form))
+    for annotation in tqdm(tried, "encoding", unit="file", disable=not progress):
         try:
             media, suffix = read_media(Path(media_root), annotation)[1:]
             facts = probe(media, suffix)

@@ -161,7 +161,7 @@ def _sets_on_disk(config: DataConfig) -> list[tuple[SetConfig, list[str]]]:
     if not Path(config.corpus).is_file():
         raise ConfigError(f"data.corpus: {config.corpus} does not exist or is no file")
     try:
-        manifest = parse(Manifest, config.corpus)
+        manifest = parse(Manifest, config.corpus, named_by="the manifest")
     except ConfigError as error:
         raise ConfigError(f"data.corpus: {error}") from error
     root = Path(config.corpus_root or manifest.root)
