@@ -22,8 +22,8 @@ ATTENTION_BACKWARD = 2.5  # of its forward pass: five products for two
 FUSION_PASSES = 4  # matching: the pair, a wrong text, a wrong video; and the hidden words
 TEXT_PASSES = 2  # clean and masked caption
 
-# How the multi-modal encoder gets keys and values of the visual tokens: projected for each of its passes ("per pass"), or
-# once per image and layer for all of them ("shared"), those of the drawn negatives included.
+# How the multi-modal encoder gets keys and values of the visual tokens: projected for each of its passes ("per pass"),
+# or once per image and layer for all of them ("shared"), those of the drawn negatives included.
 Keys = Literal["per pass", "shared"]
 KEYS: Keys = "per pass"
 
@@ -201,9 +201,7 @@ def _fusion(model: ModelConfig, step: Step, passes: int, keys: Keys, tokens: int
     if not passes:
         return Flops()
     seen = min(step.frames, model.frames_kept) * tokens
-    crossing = (
-        linear(captions.mean, text.width, text.width) * 2 + attention(captions.longest, seen, text.width)
-    )
+    crossing = linear(captions.mean, text.width, text.width) * 2 + attention(captions.longest, seen, text.width)
     layer = _caption_layer(model, captions) + crossing
     projected = linear(projected_tokens(model, step, passes, keys, tokens), model.vision.width, 2 * text.width)
     if keys == "shared":  # outside of what is recomputed
