@@ -7,29 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from smaug_ds.data.sample import Medium
 from smaug_ds.planner.calibration import Measured, Speed
 from smaug_ds.planner.cluster import Machine
 from smaug_ds.planner.flops import step_flops
 from smaug_ds.planner.memory import checkpoint_bytes
 from smaug_ds.planner.parameters import parameters
 from smaug_ds.planner.prediction import Fit, Prediction, Scale, Work, memory
+from tools.plan_corpus import Recipe
 
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A corpus and the samples of each medium that one epoch of it draws."""
-
-    name: str
-    draws: dict[Medium, float]
-
-    @property
-    def mix(self) -> dict[Medium, float]:
-        """Shares of the draws."""
-        total = sum(self.draws.values())
-        return {medium: count / total for medium, count in self.draws.items()}
 
 
 @dataclass(frozen=True)
