@@ -1,0 +1,1 @@
+"""What a run will cost before it is started: arithmetic only, from the run config and a description of the cluster."""

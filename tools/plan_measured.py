@@ -1,0 +1,70 @@
+"""Measured steps that a plan goes by: files of the profiler, and folders of runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from smaug_ds.config import ConfigError, naming, parse
+from smaug_ds.data.sample import MEDIA
+from smaug_ds.engine.deepspeed import load_json
+from smaug_ds.engine.train import PretrainConfig
+from smaug_ds.planner.calibration import Measured, rows
+from smaug_ds.planner.flops import step_flops
+from smaug_ds.planner.media import MediaConfig
+from smaug_ds.planner.memory import Precision
+from smaug_ds.planner.prediction import Work
+
+PREFIX = "seconds_per_step/"
+
+
+def read_measured(profiles: Sequence[str], runs: Sequence[str], media: MediaConfig) -> list[Measured]:
+    """All rows of files that ``tools/profile_throughput.py`` wrote and of run folders. ConfigError names a bad one."""
+    found: list[Measured] = []
+    for path in profiles:
+        with naming(f"--profile {path}"):
+            profile = json.loads(Path(path).read_text(encoding="utf-8"))
+        found += rows(profile, f"--profile {path}")
+    for folder in runs:
+        with naming(f"--run {folder}"):
+            found.append(row_of_run(Path(folder), media))
+    return found
+
+
+def row_of_run(folder: Path, media: MediaConfig) -> Measured:
+    """The steps that a finished run logged, but for the first fifth, which warms up.
+
+    media: whose caption lengths are taken for the run's. Raises ConfigError or OSError for what is no finished run.
+    """
+    config = parse(PretrainConfig, folder / "config.yaml")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = lines[len(lines) // 5 :]
+    if not lines:
+        raise ConfigError("metrics.jsonl holds no logged step: let the run log one (run.log_every)")
+    names = [name for name in lines[-1] if name.startswith(PREFIX)]
+    seen = {medium: sum(f"loss/{medium}" in line for line in lines) for medium in MEDIA}
+    mix = {medium: count / sum(seen.values()) for medium, count in seen.items()}
+    precision = Precision.of(load_json(config.run.deepspeed))
+    work = Work(config.model, config.loss, media, precision, mix, config.batch.global_size, config.batch.micro_size)
+    ranks = summary["world_size"]
+    flops = sum(
+        share * sum(part.total for part in step_flops(work.model, work.loss, step, work.keys).values())
+        for share, step in work.steps(ranks)
+    )
+    return Measured(
+        what="train",
+        size=config.model.size,
+        frames=config.model.frames,
+        frames_kept=config.model.frames_kept,
+        batch=config.batch.micro_size,
+        dtype="bf16" if precision.activation_bytes == 2 else "fp32",
+        device=summary["accelerator"],
+        world_size=ranks,
+        seconds=config.batch.global_size / median(line["samples_per_second"] for line in lines),
+        flops=flops * config.batch.accumulation(ranks),
+        parameters=work.parameters,
+        phases={name.removeprefix(PREFIX): median(line[name] for line in lines) for name in names},
+    )
