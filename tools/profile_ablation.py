@@ -1,6 +1,6 @@
 """What masking, token sparsification and frame selection save: the rows of the paper's ablations as ratios.
 
-    python tools/profile_throughput.py ablation [--tables masking,keep,frames,parts] [--turns 3] [batch=8 dtype=bf16 ...]
+    python tools/profile_throughput.py ablation [--tables masking,keep,frames,parts] [--turns 3] [batch=8 ...]
 
 Each row is timed in turns with the dense model of the same number of frames (no mask, every token kept, every frame
 fused, no pixels to predict): a process each, so that a slow minute of the machine hits both. The ratio is dense seconds

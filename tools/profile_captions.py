@@ -33,9 +33,11 @@ def draw_lengths(captions: str, tokenizer: str, longest: int, count: int, genera
         return [longest] * count
     counts = MSRVTT if captions == "msrvtt" else lengths_of_file(Path(captions), tokenizer, longest)
     lengths = sorted(counts)
-    weights = torch.tensor([float(counts[length]) for length in lengths])
-    drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
-    return [min(lengths[i], longest) for i in drawn.tolist()]
+    reached = torch.tensor([float(counts[length]) for length in lengths]).cumsum(0)
+    # one draw from each of ``count`` equal parts of the distribution: few captions have its mean and spread already
+    places = (torch.arange(count) + torch.rand(count, generator=generator)) / count * reached[-1]
+    drawn = torch.searchsorted(reached, places, right=True).clamp(max=len(lengths) - 1)
+    return [min(lengths[i], longest) for i in drawn[torch.randperm(count, generator=generator)].tolist()]
 
 
 def lengths_of_file(path: Path, tokenizer: str, longest: int) -> dict[int, int]:

@@ -19,6 +19,7 @@ from smaug_ds.engine.pictures import BACKGROUND, FAINT, GREEN, INK, LINE, MARGIN
 
 _NAMES, _FIGURES = 380, 250  # pixels for a bar's name and for the text after it
 _THIN, _MARK = 2, (207, 34, 46)
+_TITLE, _TEXT, _SMALL = (ImageFont.load_default(size) for size in (22, 18, 14))
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def draw(report: Report) -> Image.Image:
     height = 2 * MARGIN + LINE * (len(report.bars) + len(lines) + 2)
     image = Image.new("RGB", (WIDTH, height), BACKGROUND)
     pen = ImageDraw.Draw(image)
-    pen.text((MARGIN, MARGIN), f"{report.title}: {report.unit}", INK, TEXT)
+    pen.text((MARGIN, MARGIN), f"{report.title}: {report.unit}", INK, _TITLE)
     width = WIDTH - 2 * MARGIN - _NAMES - _FIGURES
     largest = max((max(bar.value, bar.mark or 0.0) for bar in report.bars), default=0.0) or 1.0
     left = MARGIN + _NAMES
     for number, bar in enumerate(report.bars):
         top = MARGIN + LINE * (number + 1) + LINE // 2
-        pen.text((MARGIN, top + 4), bar.name, INK, ImageFont.load_default(18))
+        pen.text((MARGIN, top + 4), bar.name, INK, _TEXT)
         end = left + width * bar.value / largest
         pen.rectangle((left, top + 3, max(end, left + _THIN), top + LINE - 5), GREEN)
         if bar.mark is not None:
@@ -96,19 +97,17 @@ def draw(report: Report) -> Image.Image:
             (max(end, left + width * (bar.mark or 0.0) / largest) + 10, top + 4),
             bar.text,
             INK,
-            ImageFont.load_default(18),
+            _TEXT,
         )
     for number, line in enumerate(lines):
-        pen.text((MARGIN, height - MARGIN - LINE * (len(lines) - number) + 8), line, FAINT, ImageFont.load_default(14))
+        pen.text((MARGIN, height - MARGIN - LINE * (len(lines) - number) + 8), line, FAINT, _SMALL)
     return image
 
 
 def _conditions(told: Mapping[str, Any]) -> list[str]:
     hardware = told["hardware"]
     gpus = ", ".join(hardware["gpus"]) or "no GPU"
-    versions = ", ".join(
-        f"{name} {version}" for name, version in told["versions"].items() if name in ("python", "torch")
-    )
+    versions = ", ".join(f"{name} {told['versions'][name]}" for name in ("python", "torch"))
     return [f"{hardware['cores']} cores of {hardware['processor']}, {gpus}, load {hardware['load']:.1f}; {versions}"]
 
 

@@ -90,10 +90,13 @@ class Step:
         self.device = distributed.device()
         self.clock = Stopwatch(self.device)
         generator = torch.Generator().manual_seed(config.seed)
-        self._batches = [random_batch(config, generator) for _ in range(config.batches)]
-        lengths = [length for batch in self._batches for length in batch.lengths]
-        self.caption_tokens = sum(lengths) / len(lengths)
-        self._batches = [batch.to(self.device) for batch in self._batches]
+        longest, count = config.model.text.max_length, config.batch * config.batches
+        lengths = draw_lengths(config.captions, config.tokenizer, longest, count, generator)
+        if min(lengths) < 3:
+            raise ConfigError(f"captions: {config.captions} has a caption without a word")
+        self.caption_tokens = sum(lengths) / count
+        parts = [lengths[start : start + config.batch] for start in range(0, count, config.batch)]
+        self._batches = [random_batch(config, part, generator).to(self.device) for part in parts]
         torch.manual_seed(config.seed)
         module = Pretraining(SmaugModel(config.whole_model), config.loss).train()
         self._run = _engine(module, config, self) if config.dtype == "deepspeed" else _plain(module, config, self)
@@ -160,13 +163,10 @@ def _engine(module: Pretraining, config: StepConfig, step: Step) -> Any:
     return run
 
 
-def random_batch(config: StepConfig, generator: torch.Generator) -> Batch:
-    """Noise for frames and words; every draw of the model comes with it, as from the loader."""
+def random_batch(config: StepConfig, lengths: list[int], generator: torch.Generator) -> Batch:
+    """Noise for frames and for captions of ``lengths`` tokens, with every draw of the model, as from the loader."""
     model, size = config.whole_model, config.batch
-    side, longest = model.vision.image_size, model.text.max_length
-    lengths = draw_lengths(config.captions, config.tokenizer, longest, size, generator)
-    if max(lengths) < 3:
-        raise ConfigError(f"captions: {config.captions} has no caption of a word or more")
+    side = model.vision.image_size
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)

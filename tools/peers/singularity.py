@@ -70,7 +70,8 @@ def _checkout() -> Path:
     named = os.environ.get("SINGULARITY", "")
     if not named or not (Path(named) / "models" / "model_pretrain.py").is_file():
         raise ValueError(
-            f"SINGULARITY is {named!r}: set it to a checkout of github.com/jayleicn/singularity (models/model_pretrain.py)"
+            f"SINGULARITY is {named!r}, where no models/model_pretrain.py is: name a checkout of "
+            "github.com/jayleicn/singularity"
         )
     peer = Path(named).resolve()
     sys.path.insert(0, str(peer))
