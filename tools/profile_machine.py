@@ -7,13 +7,14 @@ import os
 import platform
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "av", "numpy", "tokenizers")
+_PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "nvidia-dali-cuda130", "av", "numpy", "tokenizers")
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -58,6 +59,40 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
+    """Floating-point operations a second of the fastest matrix product found: the peak that a step can be held against.
+
+    Squares and shapes of a transformer's MLP, each for ``seconds`` at least; the best repetition counts.
+    """
+    large = device.type == "cuda"
+    sizes = [(8192, 8192, 8192), (16384, 4096, 4096)] if large else [(2048, 2048, 2048), (1024, 768, 3072)]
+    best = 0.0
+    for rows, inner, columns in sizes:
+        a = torch.randn(rows, inner, device=device).to(dtype)
+        b = torch.randn(inner, columns, device=device).to(dtype)
+        (a @ b).sum().item()
+        ended = time.perf_counter() + seconds
+        while time.perf_counter() < ended:
+            began = time.perf_counter()
+            for _ in range(10 if large else 1):
+                a @ b
+            if large:
+                torch.cuda.synchronize(device)
+            took = (time.perf_counter() - began) / (10 if large else 1)
+            best = max(best, 2.0 * rows * inner * columns / took)
+    return best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest: of torch's allocator on a GPU, else resident pages of this process, its libraries too."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status tells no VmHWM")
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,36 @@
-"""Where the parameters and the arithmetic of the model are.
+"""Where the parameters and the arithmetic of the model are, and how fast whole training steps of it are.
 
     python tools/profile_throughput.py model --size base [model.frames=4 model.frames_kept=2 ...]
+    python tools/profile_throughput.py model --size base --steps 10 [batch=8 dtype=bf16 captions=msrvtt ...]
 
 counts parameters, and forward floating-point operations of one sample (2 per multiply-add), part by part, with torch's
 flop counter on tensors without storage: nothing is computed, so base size takes seconds on any machine.
+
+``--steps`` then times forward, backward and AdamW on random data in a fresh process: seconds, samples/s, peak memory,
+the operations really executed, and their share of the fastest matrix product of this machine (MFU).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from smaug_ds.config import ConfigError, parse
+from smaug_ds import distributed
+from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.model.packing import Packing
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
+from tools.profile_machine import conditions, describe, matrix_peak
+from tools.profile_output import Bar, Report, add_arguments, check_arguments, write
+from tools.profile_step import StepConfig
+from tools.profile_turns import Facts, Runner, Timing
 
-BERT_VOCABULARY = 30522
 # Forward GFLOPs of one single-frame sample at base size: as planned, and of Singularity, which masks nothing.
 PLANNED = {
     "vision encoder": (35.0, 12.8),
@@ -45,21 +53,93 @@ def main(arguments: Sequence[str], program: str) -> None:
     """The subcommand ``model``, with what follows it on the command line."""
     parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="base", help="base or tiny")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--steps", type=int, default=0, metavar="N", help="time so many whole steps")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them that do not count")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a torch profiler trace (.json) of two steps")
+    add_arguments(parser)
+    keys = ", ".join(to_dict(StepConfig()))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"of {keys} (as model.frames=4)")
     args = parser.parse_intermixed_args(arguments)
     try:
-        config = parse(ProfileConfig, None, [f"model.size={args.size}", *args.overrides])
-        text = config.model.text
-        if not text.vocab_size:
-            text = dataclasses.replace(text, vocab_size=BERT_VOCABULARY)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+        check_arguments(args)
+        if args.trace and not args.steps:
+            raise ConfigError(f"--trace {args.trace}: there is no step to trace: give --steps")
+        step = parse(StepConfig, None, [f"model.size={args.size}", *args.overrides])
+        config = ProfileConfig(step.whole_model, step.loss.mlm_probability)
+        told = conditions(to_dict(step))
+        parameters, flops = count_parameters(config.model), count_flops(config)
+        print_table(config, parameters, flops)
+        further = {"parameters": parameters, "forward_flops": flops}
+        if args.steps:
+            report = time_steps(step, args.steps, args.warmup, args.trace, told)
+            report.further = further
+        else:
+            bars = [Bar(name, flops.get(name, 0) / 1e9, f"{flops.get(name, 0) / 1e9:.2f}") for name in parameters]
+            report = Report(told, "model", "forward GFLOPs of a sample", bars=bars, further=further)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
-    parameters, flops = count_parameters(config.model), count_flops(config)
-    print_table(config, parameters, flops)
-    if args.json:
-        args.json.write_text(json.dumps({"parameters": parameters, "forward_flops": flops}, indent=1))
+    write(report, args)
+
+
+def time_steps(config: StepConfig, steps: int, warmup: int, trace: Path | None, told: dict[str, Any]) -> Report:
+    """Times ``steps`` in a fresh process and prints what came out. Raises ConfigError where they cannot be done."""
+    print(f"\n{describe(told)}")
+    with Runner("model", config, warmup) as runner:
+        runner.turn(steps)
+        facts = runner.facts()
+        if trace:
+            runner.trace(trace)
+    measured = record(config, runner.timing, facts, peak_of(config))
+    print("\n".join(tell(measured)))
+    phases = [Bar(name, value, f"{value:.3f} s") for name, value in measured["phases"].items()]
+    seconds = runner.timing.seconds
+    bars = [Bar("whole step", seconds.median, f"{seconds.text(3)} s"), *phases]
+    return Report(told, f"{config.model.size} model, batch {config.batch}", "seconds a step", "", bars, [measured])
+
+
+def peak_of(config: StepConfig) -> float:
+    """Operations a second of the fastest matrix product on this process's device, in the dtype of the step."""
+    return matrix_peak(torch.float32 if config.dtype == "fp32" else torch.bfloat16, distributed.device())
+
+
+def record(config: StepConfig, timing: Timing, facts: Facts, peak: float) -> dict[str, Any]:
+    """What was measured of one step, as JSON: what ``tools/plan_run.py --profile`` reads."""
+    seconds = timing.seconds
+    return {
+        "what": "model",
+        "size": config.model.size,
+        "frames": config.model.frames,
+        "frames_kept": config.model.frames_kept,
+        "batch": config.batch,
+        "dtype": config.dtype,
+        "device": facts.device,
+        "world_size": 1,
+        "captions": config.captions,
+        "caption_tokens_mean": facts.caption_tokens,
+        "seconds_per_step": dataclasses.asdict(seconds),
+        "steps": sum(len(turn) for turn in timing.turns),
+        "samples_per_second": config.batch / seconds.median,
+        "flops_per_step": facts.flops,
+        "matrix_peak_flops": peak,
+        "mfu": facts.flops / seconds.median / peak,
+        "peak_memory_bytes": facts.peak_bytes,
+        "phases": timing.phase_medians,
+    }
+
+
+def tell(measured: dict[str, Any]) -> list[str]:
+    """``record`` in a few lines."""
+    seconds = measured["seconds_per_step"]
+    phases = ", ".join(f"{name} {value:.3f}" for name, value in measured["phases"].items() if value)
+    return [
+        f"frames {measured['frames']}, kept {measured['frames_kept']}, batch {measured['batch']}, {measured['dtype']}, "
+        f"captions {measured['captions']} ({measured['caption_tokens_mean']:.1f} tokens in the mean)",
+        f"{seconds['median']:.3f} s a step ({seconds['low']:.3f} to {seconds['high']:.3f}, {measured['steps']} steps): "
+        f"{phases}",
+        f"{measured['samples_per_second']:.2f} samples/s, peak memory {measured['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"{measured['flops_per_step'] / 1e9:.1f} GFLOPs a step executed, {measured['mfu']:.1%} of the "
+        f"{measured['matrix_peak_flops'] / 1e9:.0f} GFLOP/s of the fastest matrix product",
+    ]
 
 
 def parts_of(model: SmaugModel) -> dict[str, list[nn.Module]]:

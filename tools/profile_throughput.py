@@ -1,8 +1,12 @@
 """Where time, memory and arithmetic go. Each subcommand tells more with ``--help``.
 
-python tools/profile_throughput.py model    parameters and arithmetic of the model, part by part
-python tools/profile_throughput.py loader   time of the data path, stage by stage, and what limits it
-python tools/profile_throughput.py index    size and speed of the index of a corpus, and quality of its shuffle
+python tools/profile_throughput.py model      parameters and arithmetic of the model by part; whole steps on random data
+python tools/profile_throughput.py ablation   masking, sparsification and frame selection against the dense model
+python tools/profile_throughput.py savings    each saving taken back by itself
+python tools/profile_throughput.py compare    our step and somebody else's, in turns
+python tools/profile_throughput.py train      a real run from shards: waiting for data, communication, computing
+python tools/profile_throughput.py loader     time of the data path, stage by stage, and what limits it
+python tools/profile_throughput.py index      size and speed of the index of a corpus, and quality of its shuffle
 """
 
 from __future__ import annotations
@@ -15,7 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Imported when asked for: the data workers import this file, too, and need none of the model's libraries.
-SUBCOMMANDS = {"model": "tools.profile_model", "loader": "tools.profile_loader", "index": "tools.profile_index"}
+SUBCOMMANDS = {
+    "model": "tools.profile_model",
+    "ablation": "tools.profile_ablation",
+    "savings": "tools.profile_savings",
+    "compare": "tools.profile_compare",
+    "train": "tools.profile_train",
+    "loader": "tools.profile_loader",
+    "index": "tools.profile_index",
+}
 
 
 def main() -> None:
