@@ -128,7 +128,12 @@ def all_reduce_max(x: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank; the same answer on all ranks, without waiting for the device."""
-    return bool(all_reduce_max(torch.tensor([int(flag)])).item())
+    return any_ranks(flag)[0]
+
+
+def any_ranks(*flags: bool) -> list[bool]:
+    """``any_rank`` of each flag, in one exchange."""
+    return [bool(value) for value in all_reduce_max(torch.tensor(flags, dtype=torch.int64)).tolist()]
 
 
 @contextmanager

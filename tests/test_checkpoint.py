@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from smaug_ds.engine import checkpoint
+from smaug_ds.engine import checkpoint, files
 
 
 class FakeEngine:
@@ -131,12 +131,12 @@ class Killed(BaseException):
 STAGES: dict[str, tuple[Any, str]] = {
     "engine": (FakeEngine, "save_checkpoint"),
     "random states": (torch, "save"),
-    "weights": (checkpoint, "save_file"),
-    "state": (checkpoint, "_write_json"),
+    "weights": (files, "save_file"),
+    "texts": (files, "write_text"),
     "sync": (os, "fsync"),
     "rename": (os, "rename"),
     "pointer": (os, "replace"),
-    "retention": (checkpoint, "_retain"),
+    "retention": (files, "retain"),
 }
 
 

@@ -59,11 +59,12 @@ def test_meters_of_other_ranks_give_the_same_means() -> None:
         meters = Meters()
         for step in range(2):
             meters.add("video", {"loss": torch.tensor(float(10 * rank + step))})
-        states.append({"meters": meters.state_dict()})
+        states.append({"meters": meters.state_dict(), "budget": [[4, rank], [4, 0]]})
     merged = merge_rank_states(states)
     meters = Meters()
     meters.load_state_dict(merged["meters"], torch.device("cpu"))
     assert meters.read() == {"loss/video": pytest.approx((0 + 1 + 10 + 11 + 20 + 21) / 6)}
+    assert merged["budget"] == [[4, 0], [4, 1], [4, 2], [4, 0], [4, 0], [4, 0]]
 
 
 def test_the_pool_of_negatives_has_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:

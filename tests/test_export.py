@@ -172,7 +172,7 @@ def test_bad_checkpoints_are_refused_and_nothing_is_left(
     folder = write_run(tmp_path / "run", small_model(), vocabulary, 2)
     damage(folder)
     if manifest == "new":
-        files = checkpoint._on_all_ranks(folder, checkpoint._describe)
+        files = checkpoint.describe_all(folder)
         (folder / "manifest.json").write_text(json.dumps({"files": files}))
     with pytest.raises(ValueError, match=old if manifest == "old" else new):
         export(tmp_path / "run", tmp_path / "out")

@@ -22,9 +22,11 @@ from smaug_ds.data.index import Corpus
 from smaug_ds.data.quarantine import DataError, Failure, read_ledgers
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.deepspeed import build_engine
+from smaug_ds.engine.files import Retention
 from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
 from smaug_ds.engine.optim import OptimConfig, Schedule
 from smaug_ds.engine.preempt import EXIT_CODE, StopRequest
+from smaug_ds.engine.saving import Saver
 from smaug_ds.engine.train import Actions, BatchConfig, PretrainConfig, RunConfig, train
 from smaug_ds.engine.watchdog import Watchdog
 from tests.launching import finish, launch, settings
@@ -61,10 +63,15 @@ def run(
         monitor.meters.load_state_dict(checkpoint.restore(engine, latest)["meters"], engine.device)
     order, stop = order_of(GLOBAL), StopRequest()
     calls: dict[str, list[int]] = {"finished": [], "save": [], "evaluate": [], "draw": []}
+    saver = Saver(engine, module, folder, {}, Retention(9))
 
     def save(step: int) -> None:
         calls["save"].append(step)
-        checkpoint.save(engine, folder, step, {}, {"meters": monitor.meters.state_dict()}, module, {}, keep=9)
+        saver.begin(step, {}, {"meters": monitor.meters.state_dict(), "budget": []})
+
+    def evaluate(step: int) -> bool:
+        calls["evaluate"].append(step)
+        return False
 
     def draw(batch: Any) -> dict[str, np.ndarray]:
         calls["draw"].append(batch.step + 1)
@@ -83,12 +90,13 @@ def run(
 
     batches = Signalled(order, micro, ACCUMULATION, first_step)
     config = RunConfig(log_every=log_every, save_every=4, picture_every=5, evaluate_every=3)
-    actions = Actions(finished=calls["finished"].append, save=save, evaluate=calls["evaluate"].append, draw=draw)
+    actions = Actions(calls["finished"].append, save, lambda: saver.writing, saver.advance, evaluate, draw)
     try:
         done = train(engine, batches, order, config, total, ACCUMULATION, monitor, stop, actions)
         error = None
     except (NonFiniteError, DataError) as caught:
         done, error = -1, str(caught)
+    saver.finish()
     monitor.close()
     weights = {name: value.float().numpy() for name, value in module.state_dict().items()}
     return {"done": done, "error": error, "weights": weights, **calls}

@@ -76,7 +76,7 @@ class TrainLoader:
         self._pixels = Pixels(shape.image_size, micro_batch, device, data_config.dali_threads)
         self._config = data_config
         self._ledger = ledger
-        self._budget = Budget(data_config.max_failed_share, data_config.failure_window)
+        self.budget = Budget(data_config.max_failed_share, data_config.failure_window)  # of this rank
         self._step = 0
         self._prefetcher: Prefetcher | None = None
 
@@ -145,9 +145,9 @@ class TrainLoader:
                 f"samples are known to be bad and were not tried; see {self._ledger.path}"
             )
         lost = {failure.name for failure in raw.failures if failure.replaced_by != failure.name}
-        if not self._budget.spend(len(raw.batch.keys), len(lost)):
+        if not self.budget.spend(len(raw.batch.keys), len(lost)):
             raise DataError(
-                f"more than {self._budget.share:.0%} of the latest {self._budget.window} samples failed "
+                f"more than {self.budget.share:.0%} of the latest {self.budget.window} samples failed "
                 f"(data.max_failed_share, data.failure_window); see {self._ledger.path}"
             )
 

@@ -152,6 +152,22 @@ class Budget:
 
     def spend(self, samples: int, failures: int) -> bool:
         """Count a batch; False if that is more than the budget allows."""
+        self._add(samples, failures)
+        return self._samples < self.window or self._failures <= self.share * self._samples
+
+    def state_dict(self) -> list[list[int]]:
+        """Samples and failures of the latest batches: part of a checkpoint, or a run that is often started again would
+        never fill its window."""
+        return [list(batch) for batch in self._batches]
+
+    def load_state_dict(self, state: Iterable[Iterable[int]]) -> None:
+        """Goes on from ``state_dict``."""
+        self._batches.clear()
+        self._samples = self._failures = 0
+        for samples, failures in state:
+            self._add(samples, failures)
+
+    def _add(self, samples: int, failures: int) -> None:
         self._batches.append((samples, failures))
         self._samples += samples
         self._failures += failures
@@ -159,4 +175,3 @@ class Budget:
             old_samples, old_failures = self._batches.popleft()
             self._samples -= old_samples
             self._failures -= old_failures
-        return self._samples < self.window or self._failures <= self.share * self._samples

@@ -1,23 +1,13 @@
-"""Checkpoints that are whole or absent: written aside, synced, renamed; the pointer ``latest`` moves last.
+"""A run's checkpoints, read: which one to go on from, whether it is whole, and its weights for another run.
 
-RUN/checkpoints/latest                     text: the name of the checkpoint to resume from
-RUN/checkpoints/step_120/manifest.json     size and SHA-256 of every other file
-                         state.json        step, loader, quarantine, config, versions, world size
-                         model.safetensors the model alone, for a next stage, evaluation and fine-tuning
-                         config.json       its architecture
-                         rank_00000.pt     random states and meters of a rank
-                         engine/           DeepSpeed's weights, optimizer and schedule
+``saving`` writes them, ``files`` says what they hold.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,64 +15,43 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import smaug_ds
 from smaug_ds import distributed
 from smaug_ds.engine import elastic
+from smaug_ds.engine.files import (
+    ARCHITECTURE,
+    LATEST,
+    MANIFEST,
+    STATE,
+    WEIGHTS,
+    describe,
+    point_to,
+    read_pointer,
+    step_numbers,
+)
+from smaug_ds.engine.saving import code_version, random_state, save
 
-LATEST = "latest"
-MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
-ARCHITECTURE = "config.json"
-STATE = "state.json"
-_ASIDE = ".writing-"
-
-
-def save(
-    engine: Any,
-    folder: Path,
-    step: int,
-    state: Mapping[str, Any],
-    rank_state: Mapping[str, Any],
-    model: nn.Module,
-    architecture: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Writes the checkpoint of ``step`` finished steps into ``folder`` and makes it the latest. All ranks call it.
-
-    Args:
-        state: of the whole run, JSON-able.
-        rank_state: of this rank beside its random states, loadable with ``weights_only=True``.
-        model: whose weights are written once more as safetensors, with ``architecture``.
-        keep: number of checkpoints to leave, this one included.
-
-    Whatever breaks off in the middle leaves the previous checkpoint and the pointer to it untouched.
-    """
-    final, aside = folder / f"step_{step}", folder / f"{_ASIDE}step_{step}"
-    if _read_pointer(folder) == final.name:  # stopped again before another step was done
-        return final
-    if distributed.is_main():
-        for stale in [*folder.glob(f"{_ASIDE}*"), final]:
-            shutil.rmtree(stale, ignore_errors=True)
-        aside.mkdir(parents=True)
-    distributed.barrier()
-    engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
-    torch.save({**rank_state, "random": random_state()}, aside / f"rank_{distributed.rank():05d}.pt")
-    if distributed.is_main():
-        weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
-        _write_json(aside / ARCHITECTURE, architecture)
-        _write_json(aside / STATE, {**state, "step": step, "world_size": distributed.world_size(), **code_version()})
-    distributed.barrier()
-    files = _on_all_ranks(aside, _sync_and_describe)
-    if distributed.is_main():
-        _write_json(aside / MANIFEST, {"format": 1, "files": files})
-        _publish(aside, final)
-        _retain(folder, step, keep)
-    distributed.barrier()
-    return final
+__all__ = [
+    "ARCHITECTURE",
+    "LATEST",
+    "MANIFEST",
+    "STATE",
+    "WEIGHTS",
+    "code_version",
+    "describe_all",
+    "find",
+    "initialise",
+    "load_weights",
+    "open_latest",
+    "random_state",
+    "read_state",
+    "restore",
+    "save",
+    "set_random_state",
+    "verify",
+]
 
 
 def open_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -102,12 +71,12 @@ def open_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[s
         except ValueError as error:
             damage.append(str(error))
             continue
-        if _read_pointer(folder) != name:
+        if read_pointer(folder) != name:
             reason = damage[0] if damage else f"{folder / LATEST} is missing or empty"
             warn(f"WARNING: {reason}; going on from {name}, {number} before it passed over")
             distributed.barrier()
             if distributed.is_main():
-                _point_to(folder, name)
+                point_to(folder, name)
             distributed.barrier()
         return folder / name, state
     if damage:
@@ -160,7 +129,7 @@ def verify(checkpoint: Path) -> None:
             expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{checkpoint / MANIFEST} cannot be read ({error})") from error
-    found = _on_all_ranks(checkpoint, _describe)
+    found = describe_all(checkpoint)
     for name, facts in expected.items():
         if name not in found:
             raise ValueError(f"{checkpoint / name} is missing")
@@ -178,7 +147,7 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: name a run folder or a checkpoint")
-    name = _read_pointer(path / "checkpoints")
+    name = read_pointer(path / "checkpoints")
     found = path / "checkpoints" / name if name else path
     if not (found / WEIGHTS).is_file():
         raise ValueError(f"{path} is neither a run folder with a checkpoint nor a checkpoint with {WEIGHTS}")
@@ -210,17 +179,6 @@ def initialise(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     return f"{len(own) - len(missing)} weights taken, missing: {_brief(missing)}, unused: {_brief(unused)}"
 
 
-def random_state() -> dict[str, Any]:
-    """States of the global generators of Python, NumPy and torch, made of tensors and plain numbers."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
-
-
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Restores what ``random_state`` returned."""
     random.setstate(state["python"])
@@ -231,100 +189,22 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def code_version() -> dict[str, Any]:
-    """Versions of this package, its git commit where there is one, and torch."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # not a checkout, or no git
-        commit = None
-    return {"version": smaug_ds.__version__, "commit": commit, "torch": torch.__version__}
-
-
 def _candidates(folder: Path) -> list[str]:
     """Names of the checkpoints that a run may go on from, the one that ``latest`` names first, then older ones."""
-    named = _read_pointer(folder)
-    numbers = sorted(_step_numbers(folder), reverse=True)
+    named = read_pointer(folder)
+    numbers = sorted(step_numbers(folder), reverse=True)
     if not named:
         return [f"step_{number}" for number in numbers]
     step = re.fullmatch(r"step_(\d+)", named)
     return [named, *(f"step_{number}" for number in numbers if step and number < int(step[1]))]
 
 
-def _read_pointer(folder: Path) -> str | None:
-    pointer = folder / LATEST
-    return pointer.read_text().strip() if pointer.is_file() else None
-
-
-def _publish(aside: Path, final: Path) -> None:
-    """Renames the finished folder, then moves the pointer; each is on disk before the next."""
-    folder = final.parent
-    for inner in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
-        _sync_folder(inner)
-    os.rename(aside, final)
-    _sync_folder(folder)
-    _point_to(folder, final.name)
-
-
-def _point_to(folder: Path, name: str) -> None:
-    pointer = folder / f"{_ASIDE}{LATEST}"
-    _write(pointer, name + "\n")
-    os.replace(pointer, folder / LATEST)
-    _sync_folder(folder)
-
-
-def _retain(folder: Path, step: int, keep: int) -> None:
-    """Removes all but the last ``keep`` checkpoints up to ``step``; what a run went back behind is the user's."""
-    for number in [number for number in _step_numbers(folder) if number <= step][:-keep]:
-        shutil.rmtree(folder / f"step_{number}")
-
-
-def _step_numbers(folder: Path) -> list[int]:
-    """Numbers of the checkpoints of ``folder``; what else lies there, such as a copy ``step_6_best``, is the user's."""
-    names = (re.fullmatch(r"step_(0|[1-9]\d*)", path.name) for path in folder.glob("step_*"))
-    return sorted(int(name[1]) for name in names if name)
-
-
-def _on_all_ranks(folder: Path, describe: Callable[[Path], dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``describe`` of every file but the manifest, by relative path; each rank takes its share."""
+def describe_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file but the manifest, by relative path; each rank takes its share."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     share = files[distributed.rank() :: distributed.world_size()]
     own = {path.relative_to(folder).as_posix(): describe(path) for path in share}
     return dict(sorted(item for part in distributed.gather_objects(own) for item in part.items()))
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync_and_describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _describe(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=1) + "\n")
 
 
 def _brief(names: list[str]) -> str:

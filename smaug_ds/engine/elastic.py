@@ -54,12 +54,17 @@ def restore_engine(engine: Any, folder: Path) -> None:
 
 
 def merge_rank_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The meters of a run's ranks as each rank of another number takes them: the mean over the old ranks."""
+    """Meters and failure budgets of a run's ranks as each rank of another number takes them.
+
+    Of the meters the mean over the old ranks; of the budgets what all old ranks saw, in the order in which they did.
+    """
     sums: dict[str, Tensor] = {}
     for state in states:
         for key, value in state["meters"]["sums"].items():
             sums[key] = sums.get(key, torch.zeros_like(value)) + value / len(states)
-    return {"meters": {"sums": sums, "counts": dict(states[0]["meters"]["counts"])}}
+    counts = dict(states[0]["meters"]["counts"])
+    budget = [batch for same_time in zip(*(state["budget"] for state in states), strict=False) for batch in same_time]
+    return {"meters": {"sums": sums, "counts": counts}, "budget": budget}
 
 
 def seed_rank(step: int) -> None:

@@ -14,17 +14,19 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from smaug_ds import distributed
 from smaug_ds.data.sample import MEDIA, Medium
+from smaug_ds.engine.reports import Board, JsonLines, show
+from smaug_ds.engine.saving import Saved
 
 LOSSES = ("loss", "vtc", "vtm", "mlm", "mvm")
 PHASES = ("data", "forward", "backward", "step")
@@ -155,10 +157,11 @@ class Monitor:
         self._logged = 0
         self._bar: tqdm[Any] | None = None
         if distributed.is_main():
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._board = Board(folder / "tensorboard", purge_step=first_step + 1)
             for line in truncate_lines(folder / "metrics.jsonl", first_step):
                 self._remember(line)
-            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            truncate_lines(folder / "checkpoints.jsonl", first_step)
+            self._metrics, self._saves = (JsonLines(folder / f"{name}.jsonl") for name in ("metrics", "checkpoints"))
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
@@ -175,12 +178,9 @@ class Monitor:
         shown |= {f"seconds_per_step/{phase}": value / steps for phase, value in seconds.items()}
         # JSON has no NaN: a figure that is not finite is null, as is the gradient norm of a step that fp16 skipped.
         line = {name: value if math.isfinite(value) else None for name, value in shown.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._metrics.write(line)
         self._remember(line)
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, step)
+        self._board.scalars(step, {name: x for name, x in line.items() if name != "step" and x is not None})
         self._show(step, means, figures, rate, seconds["data"] / elapsed)
 
     def _show(
@@ -194,26 +194,35 @@ class Monitor:
         left = (self.total_steps - step) * (time.perf_counter() - self._began) / max(1, step - self.first_step)
         done = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
         tail = f"{rate:.1f} samples/s  waiting for data {wait:.0%}  ETA {_clock(left)}"
-        print(f"{done}  {losses}  lr {figures['lr']:.2e}  {tail}", flush=True)
+        show(f"{done}  {losses}  lr {figures['lr']:.2e}  {tail}")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Figures that come more seldom than a logged step, such as an evaluation's: to TensorBoard."""
         if distributed.is_main():
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            self._board.scalars(step, values)
 
     def pictures(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Pictures (H, W, 3) uint8: to TensorBoard."""
         if distributed.is_main():
-            for name, image in images.items():
-                self._writer.add_image(name, image, step, dataformats="HWC")
-            self._writer.flush()
+            self._board.images(step, images)
+
+    def saved(self, saved: Saved) -> None:
+        """What a checkpoint has cost: to ``checkpoints.jsonl``, TensorBoard and the terminal."""
+        if distributed.is_main():
+            line = asdict(saved)
+            self._saves.write(line)
+            self._board.scalars(line.pop("step"), {f"checkpoint/{name}": value for name, value in line.items()})
+            show(
+                f"saved step_{saved.step}: {saved.bytes / 1e6:.1f} MB, training waited {saved.blocking_seconds:.2f} s, "
+                f"on disk after {saved.total_seconds:.2f} s"
+            )
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if distributed.is_main():
-            self._writer.close()
-            self._file.close()
+            self._board.close()
+            self._metrics.close()
+            self._saves.close()
             if self._bar is not None:
                 self._bar.close()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,11 +24,14 @@ from smaug_ds.data.quarantine import summary as summarise
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.deepspeed import build_engine, zero_stage
+from smaug_ds.engine.files import Retention
+from smaug_ds.engine.inspection import CHECKPOINT_BYTES
 from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
 from smaug_ds.engine.optim import Schedule
 from smaug_ds.engine.pictures import make_pictures
 from smaug_ds.engine.preempt import EXIT_CODE, StopRequest, stop_time
 from smaug_ds.engine.resume import check_resumable, fingerprints
+from smaug_ds.engine.saving import SaveError, Saver
 from smaug_ds.engine.tasks import Task
 from smaug_ds.engine.train import Actions, PretrainConfig, train
 from smaug_ds.engine.watchdog import Watchdog
@@ -35,6 +41,7 @@ from smaug_ds.text import Tokenizer
 
 REPORTED = (ConfigError, DataError, NonFiniteError)  # errors that all ranks meet and one line explains
 C = TypeVar("C", bound=PretrainConfig)
+_LEAST_ROOM = 1 << 20  # bytes that a run folder has to take before anything slow is done
 
 
 def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]) -> int:
@@ -74,6 +81,8 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
         say(f"{config.data.corpus}:\n{mixture.table()}")
     if task.without_evaluation:
         say(f"no evaluation: {task.without_evaluation}")
+        if config.run.keep_best:
+            raise ConfigError(f"run.keep_best is {config.run.keep_best}, but {task.without_evaluation}")
 
     # ---- checkpoint to resume from: looked at before anything slow
     with distributed.agreeing(ConfigError), naming("run.folder"):
@@ -99,17 +108,35 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
     # ---- resume
     first_step, seconds = state.get("step", 0), state.get("wall_seconds", 0.0)
     earlier = [Failure.from_dict(failure) for failure in state.get("quarantine", ())]
-    if distributed.is_main():
-        for path in ledger.path.parent.glob("*.jsonl"):  # of all ranks that the run ever had
-            truncate_lines(path, first_step - 1)
-    distributed.barrier()
-    monitor = Monitor(folder, device, schedule.total_steps, order.global_batch, first_step, seconds)
+    with distributed.agreeing(ConfigError), naming("run.folder"):
+        if distributed.is_main():
+            for path in ledger.path.parent.glob("*.jsonl"):  # of all ranks that the run ever had
+                truncate_lines(path, first_step - 1)
+        monitor = Monitor(folder, device, schedule.total_steps, order.global_batch, first_step, seconds)
     if latest:
         rank_state = checkpoint.restore(engine, latest)
         loader.load_state_dict(state["loader"])
         loader.honour(earlier)
         monitor.meters.load_state_dict(rank_state["meters"], device)
+        loader.budget.load_state_dict(rank_state["budget"])
         say(f"resumed from {latest}")
+        if first_step >= schedule.total_steps:
+            say(f"{folder} is finished, all {first_step} steps: to go on raise run.max_steps or optim.epochs")
+    settings = config.run
+    saver = Saver(
+        engine,
+        model,
+        folder / "checkpoints",
+        to_dict(config.model),
+        Retention(settings.keep_checkpoints, settings.keep_every),
+        settings.keep_best,
+        background=settings.save_in_background,
+        go_on=settings.on_full_disk == "continue",
+        tell=say,
+        report=monitor.saved,
+    )
+    if distributed.is_main():
+        warn_of_room(folder, CHECKPOINT_BYTES * sum(parameter.numel() for parameter in model.parameters()))
 
     # ---- loop
     def quarantined() -> list[Failure]:
@@ -127,9 +154,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
             "config": to_dict(config),
             **task.state(),
         }
-        own = {"meters": monitor.meters.state_dict()}
-        keep = config.run.keep_checkpoints
-        checkpoint.save(engine, folder / "checkpoints", step, run_state, own, model, to_dict(config.model), keep)
+        saver.begin(step, run_state, {"meters": monitor.meters.state_dict(), "budget": loader.budget.state_dict()})
 
     def evaluate(step: int) -> dict[str, Any]:
         if task.without_evaluation:
@@ -148,21 +173,38 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
             f"(accumulation {accumulation} does not widen them)"
         )
     actions = Actions(
-        finished=watchdog.finished, save=save, evaluate=evaluate, draw=lambda batch: make_pictures(model, batch)
+        finished=watchdog.finished,
+        save=save,
+        writing=lambda: saver.writing,
+        advance=saver.advance,
+        evaluate=lambda step: saver.judge(step, evaluate(step)),
+        draw=lambda batch: make_pictures(model, batch),
     )
     with loader, watchdog.watching(first_step):
-        steps = train(engine, loader, order, config.run, schedule.total_steps, accumulation, monitor, stop, actions)
+        try:
+            steps = train(engine, loader, order, config.run, schedule.total_steps, accumulation, monitor, stop, actions)
+        except (DataError, NonFiniteError):  # all ranks meet them: what is being saved is saved
+            saver.finish()
+            raise
+        saver.finish()
     stop.clear()
+    saved = saver.latest == f"step_{steps}"
     if steps < schedule.total_steps:
-        say(f"told to stop: saved after step {steps} of {schedule.total_steps}, start it again to go on")
+        told = f"saved after step {steps}" if saved else f"step {steps} is not saved, the latest is {saver.latest}"
+        say(f"told to stop: {told} of {schedule.total_steps}, start it again to go on")
         monitor.close()
         return EXIT_CODE
+    if not saved:
+        raise SaveError(f"{folder}: done, but the last checkpoint is {saver.latest}: make room and start it again")
 
     # ---- what came of it
     failures = quarantined()
     if failures:
         counts = ", ".join(f"{name.partition('/')[2]} {count:.0f}" for name, count in summarise(failures).items())
         say(f"quarantine: {counts}; see {ledger.path.parent}")
+    report = evaluate(steps)
+    if report:
+        saver.judge(steps, report)
     summary = {
         **monitor.summary(),
         "world_size": distributed.world_size(),
@@ -170,10 +212,11 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "decoder": str(loader.decoder),
         "quarantined": int(summarise(failures)["quarantine/samples"]),
-        task.name: evaluate(steps),
+        task.name: report,
     }
-    if distributed.is_main():
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    with distributed.agreeing(ConfigError), naming("run.folder"):
+        if distributed.is_main():
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     monitor.close()
     return 0
 
@@ -196,19 +239,37 @@ def require_writable(folder: Path) -> None:
         raise ValueError(f"{folder} is a file: name a folder")
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(_LEAST_ROOM))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            free = shutil.disk_usage(folder).free / 1e6
+            raise ValueError(f"{folder} cannot be written: {error.strerror} ({free:.1f} MB free)") from error
+
+
+def warn_of_room(folder: Path, needed: int) -> None:
+    """Says when the disk of ``folder`` has no room for a checkpoint of about so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        say(
+            f"WARNING: {folder} has {free / 1e6:.1f} MB free, but a checkpoint takes about {needed / 1e6:.1f} MB: "
+            "make room before the first one is due"
+        )
 
 
 def write_configs(folder: Path, config: PretrainConfig, engine: Any) -> None:
     """Leaves the whole run config and the whole DeepSpeed config in the run folder."""
-    if distributed.is_main():
-        dump(config, folder / "config.yaml")
-        (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=2) + "\n", encoding="utf-8")
-    distributed.barrier()
+    with distributed.agreeing(ConfigError), naming("run.folder"):
+        if distributed.is_main():
+            dump(config, folder / "config.yaml")
+            (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=2) + "\n", encoding="utf-8")
 
 
 def say(text: str) -> None:
-    """Prints on the main rank, above a progress bar if there is one."""
+    """Prints on the main rank, above a progress bar if there is one; lost if that goes to a file on a full disk."""
     if distributed.is_main():
-        tqdm.write(text)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            tqdm.write(text)
+            sys.stdout.flush()

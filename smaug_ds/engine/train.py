@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,7 +34,11 @@ class RunConfig:
     max_steps: int = 0  # optimizer steps of the whole run; 0: optim.epochs decides
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; 0: only at the end
-    keep_checkpoints: int = 2  # the older ones are removed
+    keep_checkpoints: int = 2  # the newest ones; older ones are removed
+    keep_every: int = 0  # steps, a multiple of save_every: checkpoints of its multiples stay for good; 0: none
+    keep_best: str = ""  # metric of the evaluations in between, such as t2v_r1, whose best checkpoint is made and stays
+    save_in_background: bool = True  # training goes on while files are written; takes host memory for one copy more
+    on_full_disk: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written
     picture_every: int = 1000  # steps; 0: never
     evaluate_every: int = 0  # steps; 0: only at the end
     timeout_seconds: float = 1800.0  # a rank that waits longer for the others gives up
@@ -43,7 +47,7 @@ class RunConfig:
     stop_minutes: float = 5.0  # before that time is over, the run saves and leaves with code 85
 
     def __post_init__(self) -> None:
-        counts = ("seed", "max_steps", "save_every", "picture_every", "evaluate_every")
+        counts = ("seed", "max_steps", "save_every", "keep_every", "picture_every", "evaluate_every")
         for name in (*counts, "hang_seconds", "wall_minutes", "stop_minutes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}: it must be at least 0")
@@ -52,6 +56,13 @@ class RunConfig:
         for name in ("log_every", "keep_checkpoints", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}: it must be above 0")
+        if self.keep_every and not (self.save_every and self.keep_every % self.save_every == 0):
+            raise ConfigError(
+                f"run.keep_every is {self.keep_every}, not a multiple of run.save_every, which is {self.save_every}: "
+                "its checkpoints would not be written"
+            )
+        if self.keep_best and not self.evaluate_every:
+            raise ConfigError(f"run.keep_best is {self.keep_best}, but run.evaluate_every is 0: set it, in steps")
 
 
 @dataclass(frozen=True)
@@ -119,8 +130,10 @@ class Actions:
     """What the loop does now and then."""
 
     finished: Callable[[int], object]  # told of every finished step
-    save: Callable[[int], object]  # writes the checkpoint of so many finished steps
-    evaluate: Callable[[int], object]  # measures the model after so many finished steps
+    save: Callable[[int], object]  # writes the checkpoint of so many finished steps, or begins to
+    writing: Callable[[], bool]  # whether this rank is still at it
+    advance: Callable[[bool], object]  # told after every step whether any rank is
+    evaluate: Callable[[int], bool]  # measures the model after so many finished steps; whether it is to be saved
     draw: Callable[[Batch], Mapping[str, np.ndarray]]  # pictures (H, W, 3) uint8; called on the main rank alone
 
 
@@ -139,7 +152,7 @@ def train(
 
     Returns the number of finished steps. Raises on all ranks: DataError when the data of one of them fails, and
     NonFiniteError, before the optimizer steps, when a loss or the gradient is no longer finite (in fp16 DeepSpeed's
-    loss scaler skips such steps instead).
+    loss scaler skips such steps instead); and what ``actions`` raise.
     """
     micro_batches = iter(batches)
     fp16 = engine.fp16_enabled()
@@ -178,12 +191,14 @@ def train(
             monitor.pictures(done, actions.draw(batch))
 
         # ---- evaluate
+        best = False
         if config.evaluate_every and done % config.evaluate_every == 0 and done < total_steps:
-            actions.evaluate(done)
+            best = actions.evaluate(done)
 
         # ---- save and stop
-        stopping = distributed.any_rank(stop.requested)
-        if stopping or done == total_steps or (config.save_every and done % config.save_every == 0):
+        stopping, writing = distributed.any_ranks(stop.requested, actions.writing())
+        actions.advance(writing)
+        if stopping or best or done == total_steps or (config.save_every and done % config.save_every == 0):
             actions.save(done)
         if stopping:
             return done
