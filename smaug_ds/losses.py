@@ -118,6 +118,15 @@ def mvm(prediction: Tensor, target: Tensor) -> Tensor:
     return global_mean(squared.flatten())
 
 
+def choice(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Multiple choice: cross-entropy of a question's right text among its texts, mean over the questions of all ranks.
+
+    scores: (texts,), question after question, ``counts`` of each; the first text of a question is the right one.
+    """
+    parts = scores.split(list(counts))
+    return global_mean(torch.stack([part.logsumexp(dim=0) - part[0] for part in parts]))
+
+
 def answer(logits: Tensor, words: Tensor, lengths: Sequence[int]) -> Tensor:
     """Answer generation: minus the log-likelihood of an answer, its words added up, mean over the answers of all ranks.
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,6 +33,7 @@ from smaug_ds import convert
 from smaug_ds.config import parse
 from smaug_ds.exchange.export import compare, export
 from smaug_ds.exchange.unpickle import read_pickle
+from smaug_ds.model.beit import resize_bias
 from smaug_ds.model.positions import resize_space, resize_time
 from smaug_ds.model.pretrained import HUB, WEIGHTS, resolve, write_architecture
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
@@ -92,7 +94,8 @@ def _import(options: argparse.Namespace) -> None:
 
 def import_weights(sources: Mapping[str, str | Path], config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
     """Weights of a ``SmaugModel`` of ``config`` out of ``sources`` (by their names in ``SOURCES``), and the config
-    with the vocabulary size of the text encoder among them. Prints what is not used, resized, or not to be had.
+    with what they decide: the text encoder's vocabulary, layout and pooling of the vision encoder. Prints what is not
+    used, resized, or not to be had.
 
     Raises ValueError for a file that cannot be read or wants to run code, a missing key, or a shape that does not fit
     (both shapes named).
@@ -101,7 +104,7 @@ def import_weights(sources: Mapping[str, str | Path], config: ModelConfig) -> tu
         raise ValueError(f"nothing to import: give {', '.join(f'--{name}' for name in SOURCES)}")
     weights: dict[str, Tensor] = {}
     for name, source in sources.items():
-        taken, unused = _mapped(name, read_weights(source), config)
+        taken, config, unused = _mapped(name, source, config)
         print(f"{source}: not used: {', '.join(unused) or 'none'}")
         if twice := sorted(weights.keys() & taken.keys()):
             raise ValueError(f"--{name} brings {twice[0]}, which another source has brought already: leave one out")
@@ -110,7 +113,7 @@ def import_weights(sources: Mapping[str, str | Path], config: ModelConfig) -> tu
         text = dataclasses.replace(config.text, vocab_size=len(weights["text.embedding.word.weight"]))
         config = dataclasses.replace(config, text=text)
     own = _shapes(config)
-    weights = {key: _resized(key, value, own) for key, value in weights.items()}
+    weights = {key: _resized(key, value, own, config.vision.patches) for key, value in weights.items()}
     for key, value in weights.items():
         if key not in own:
             raise ValueError(f"the model has no place for {key}: its layers are fewer than those of the weights")
@@ -165,21 +168,45 @@ def _file_of(source: str | Path) -> Path:
     raise ValueError(f"{source} is no file and holds none of {', '.join(names)}: {reason}")
 
 
-def _mapped(name: str, source: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of a ``SmaugModel`` and the unused keys of one source."""
+def _mapped(name: str, source: str | Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig, list[str]]:
+    """Weights of a ``SmaugModel``, the config with what they decide, and the unused keys of one source."""
+    weights, layers, heads = read_weights(source), config.text.text_layers, config.vision.heads
     if name == "bert":
-        return convert.smaug_bert(source, config.text.text_layers)
+        taken, unused = convert.smaug_bert(weights, layers)
+        return taken, config, unused
     if name == "singularity":
-        return convert.singularity(source, config.text.text_layers, config.frames)
+        taken, pooling, unused = convert.singularity(weights, layers, config.frames, heads)
+        return taken, _with_beit(config, pooling), unused
     if name == "clip":
-        print(
-            f"layout of {convert.clip_layout(source).name}; the layers compute QuickGELU, as OpenAI's own weights want"
-        )
-        vision, unused = convert.clip_vision(source)
+        layout = convert.clip_layout(weights).name
+        print(f"layout of {layout}; the layers compute QuickGELU, as OpenAI's own weights want")
+        vision, unused = convert.clip_vision(weights)
     else:
-        print("BEiT is a start only: its relative position bias and its GELU have no place in SMAUG's encoder")
-        vision, unused = convert.beit_vision(source)
-    return {f"vision.{key}": value for key, value in vision.items()}, unused
+        pixels = _pixels(source)
+        vision, pooling, unused = convert.beit_vision(weights, heads, pixels)
+        config = _with_beit(config, pooling)
+        print(f"pictures as the weights saw them: mean {list(pixels[0])}, deviation {list(pixels[1])}")
+    return {f"vision.{key}": value for key, value in vision.items()}, config, unused
+
+
+def _with_beit(config: ModelConfig, pooling: Literal["class", "mean"]) -> ModelConfig:
+    print(f"model.vision.layout is beit, model.vision.pooling is {pooling}")
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, layout="beit", pooling=pooling))
+
+
+def _pixels(source: str | Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of pixels out of the folder's ``preprocessor_config.json``; BEiT's where there is none."""
+    file = Path(source) / "preprocessor_config.json"
+    if not file.is_file():
+        return convert.PIXELS
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        mean, std = ([float(value) for value in content[f"image_{name}"]] for name in ("mean", "std"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} does not tell image_mean and image_std: {error!r}") from error
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        raise ValueError(f"{file}: image_mean is {mean}, image_std is {std}; three numbers each, std above 0")
+    return mean, std
 
 
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -189,7 +216,7 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in model.state_dict().items()}
 
 
-def _resized(key: str, value: Tensor, own: Mapping[str, Any]) -> Tensor:
+def _resized(key: str, value: Tensor, own: Mapping[str, Any], patches: int) -> Tensor:
     """Position tables of another picture size or number of frames, interpolated; all else as it is."""
     if key not in own or value.shape == own[key] or value.shape[1:] != own[key][1:]:
         return value
@@ -200,6 +227,9 @@ def _resized(key: str, value: Tensor, own: Mapping[str, Any]) -> Tensor:
     if key == "temporal.position_embedding":
         print(f"{key}: {len(value)} frames interpolated to {wanted}")
         return resize_time(value, wanted)
+    if key.endswith("attention.position_bias"):
+        print(f"{key}: {len(value)} relative places interpolated to {wanted}")
+        return resize_bias(value, patches)
     return value
 
 

@@ -6,21 +6,25 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from smaug_ds.convert.beit import map_beit
+from smaug_ds.convert.beit import Pooling, map_beit
 from smaug_ds.convert.bert import map_language
 from smaug_ds.convert.source import Source
 
 
-def singularity(source: Mapping[str, Tensor], text_layers: int, frames: int) -> tuple[dict[str, Tensor], list[str]]:
+def singularity(
+    source: Mapping[str, Tensor], text_layers: int, frames: int, heads: int
+) -> tuple[dict[str, Tensor], Pooling, list[str]]:
     """Weights of a published Singularity checkpoint (arXiv 2206.03428; its ``models/model_retrieval_base.py``).
 
-    Its BEiT goes in as ``beit_vision`` says, with the norm that follows it. Unused: its temporal encoder, which works
-    along time at each place and is post-norm, and, with one frame, its temporal embeddings.
+    Its BEiT goes in as ``beit_vision`` says, with the norm of tokens that follows it. Unused: its temporal encoder,
+    which works along time at each place and is post-norm, and, with one frame, its temporal embeddings.
 
-    Returns weights of a ``SmaugModel`` and the unused keys. Raises ValueError naming a key that is missing.
+    Returns weights of a ``SmaugModel``, the pooling of its vision encoder, and the unused keys. Raises ValueError
+    naming a key that is missing.
     """
     weights = Source(source)
-    target = {f"vision.{key}": value for key, value in map_beit(weights.inside("vision_encoder.")).items()}
+    vision, pooling = map_beit(weights.inside("vision_encoder."), heads)
+    target = {f"vision.{key}": value for key, value in vision.items()}
     if weights.has("vision_layernorm.weight"):
         target |= weights.linear("vision_layernorm", "vision.norm_after")
     text = weights.inside("text_encoder.")
@@ -33,4 +37,4 @@ def singularity(source: Mapping[str, Tensor], text_layers: int, frames: int) -> 
         target["logit_scale"] = -weights.take("temp").reshape(1).log()
     if frames > 1 and weights.has("temporal_embeddings"):
         target["temporal.position_embedding"] = weights.take("temporal_embeddings").flatten(0, 2)
-    return target, weights.unused()
+    return target, pooling, weights.unused()

@@ -1,6 +1,7 @@
-"""Questions on the videos of a corpus as training samples: one for each question. No shard is written anew.
+"""Questions and multiple choices on the videos of a corpus as training samples: one for each. No shard is written anew.
 
-Media, question and answer make one sample: what fails, fails together, and is replaced together.
+Media, question and answer make one sample, as media, right and wrong texts do: what fails, fails together, and is
+replaced together.
 """
 
 from __future__ import annotations
@@ -27,11 +28,21 @@ class QuestionAnswer(NamedTuple):
     answer: str
 
 
+class TextChoice(NamedTuple):
+    """Which text describes a video, and which do not."""
+
+    right: str
+    wrong: tuple[str, ...]
+
+
+Asked = QuestionAnswer | TextChoice
+
+
 @dataclass(frozen=True)
 class QuestionEntry(Entry):
-    """A video with one of its questions."""
+    """A video with one of its questions or multiple choices."""
 
-    asked: QuestionAnswer
+    asked: Asked
 
 
 class QuestionCorpus(Corpus):
@@ -40,10 +51,10 @@ class QuestionCorpus(Corpus):
     questions: of each video by ``shard/key``, the shard being the tar's path.
     """
 
-    def __init__(self, corpus: Corpus, questions: Mapping[str, Sequence[QuestionAnswer]]) -> None:
+    def __init__(self, corpus: Corpus, questions: Mapping[str, Sequence[Asked]]) -> None:
         super().__init__(corpus.indexes, corpus.holdout, corpus.split)
         self.videos, self.questions = corpus, dict(questions)
-        self._asked: list[list[tuple[int, QuestionAnswer]]] = []  # by shard: number of the video in it, question
+        self._asked: list[list[tuple[int, Asked]]] = []  # by shard: number of the video in it, question
         for shard, count in enumerate(corpus.sizes()["video"].tolist()):
             names = [_name(corpus.entry("video", shard, row)) for row in range(count)]
             self._asked.append([(row, asked) for row, name in enumerate(names) for asked in questions.get(name, ())])
@@ -60,10 +71,15 @@ class QuestionCorpus(Corpus):
         return QuestionEntry(**vars(self.videos.entry(medium, shard, row)), asked=asked)
 
     def read_sample(self, entry: Entry) -> Sample:
-        """The video of ``entry``, its question as the only caption, and the answer. See ``Corpus.read_sample``."""
+        """The video of ``entry`` with its question as the only caption, and the answer; or with the right text as the
+        only caption, and the wrong ones. See ``Corpus.read_sample``."""
         assert isinstance(entry, QuestionEntry), "entries come from this corpus"
         sample = super().read_sample(entry)
-        return dataclasses.replace(sample, captions=(entry.asked.question,), answer=entry.asked.answer)
+        match entry.asked:
+            case QuestionAnswer(question, answer):
+                return dataclasses.replace(sample, captions=(question,), answer=answer)
+            case TextChoice(right, wrong):
+                return dataclasses.replace(sample, captions=(right,), wrong=wrong)
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class QuestionMixture(Mixture):
         return hashlib.sha256(json.dumps([super().fingerprint(), asked]).encode()).hexdigest()
 
 
-def of_questions(mixture: Mixture, questions: Mapping[str, Sequence[QuestionAnswer]]) -> QuestionMixture:
+def of_questions(mixture: Mixture, questions: Mapping[str, Sequence[Asked]]) -> QuestionMixture:
     """The mixture of ``questions`` on the videos of ``mixture``, see ``QuestionCorpus``."""
     return QuestionMixture(QuestionCorpus(mixture.corpus, questions), mixture.sets, mixture.stocks)
 

@@ -141,6 +141,10 @@ class TrainReader(Watched):
         if answers := [sample.answer for sample in samples if sample.answer is not None]:
             answer_ids, answer_lengths = self.tokenizer.encode(answers, self.shape.max_text_length)
             batch = dataclasses.replace(batch, answer_ids=answer_ids, answer_lengths=answer_lengths)
+        if wrong := [text for sample in samples for text in sample.wrong]:
+            wrong_ids, wrong_lengths = self.tokenizer.encode(wrong, self.shape.max_text_length)
+            counts = [len(sample.wrong) for sample in samples]
+            batch = dataclasses.replace(batch, wrong_ids=wrong_ids, wrong_lengths=wrong_lengths, wrong_counts=counts)
         return RawBatch(index, step, batch, PackedClips.pack(clips), failures, spots)
 
     def _fill(self, step: int, medium: Medium, position: int) -> tuple[_Filled | None, list[Failure]]:

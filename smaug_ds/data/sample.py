@@ -1,7 +1,7 @@
 """What travels through the data path: a ``Sample`` as it lies in a shard, a ``Batch`` as it enters the model.
 
 Letters: B batch, T frames, N patches of a frame, S text tokens of all captions together, R of them hidden,
-A tokens of all answers together.
+A tokens of all answers together, W of all wrong texts.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Sample:
     media: bytes  # the encoded file, bit for bit
     captions: tuple[str, ...]  # at least one
     answer: str | None = None  # where the one caption is a question
+    wrong: tuple[str, ...] = ()  # where the one caption is the right one of a multiple choice: the others
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class Batch:
     all_captions: list[tuple[str, ...]]  # every caption of each sample, for evaluation
     answer_lengths: list[int] = field(default_factory=list)  # (B,) tokens of each answer where captions are questions
     answer_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (A,) packed as input_ids
+    wrong_counts: list[int] = field(default_factory=list)  # (B,) wrong texts of each sample of multiple choices
+    wrong_lengths: list[int] = field(default_factory=list)  # tokens of each of them, sample after sample
+    wrong_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (W,) packed as input_ids
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``; copies do not block the host."""

@@ -35,7 +35,7 @@ from smaug_ds.data.toy_scene import SPLITS, Split, ToyConfig, scene_generator
 from smaug_ds.data.toy_words import Words, vocabulary, write_words
 from smaug_ds.progress import bar
 
-FORMAT = 1  # of the rendered folder; raised whenever the same config renders other bytes
+FORMAT = 2  # of the rendered folder; raised whenever the same config renders other bytes
 PER_FOLDER = 1000
 CHUNK = 50  # clips that a worker renders at a time
 
@@ -72,7 +72,8 @@ def _write(path: Path, content: bytes) -> None:
 
 def _write_lists(folder: Path, done: dict[Split, Done]) -> None:
     """The annotation files and ``vocab.txt``; media paths are relative to ``folder``."""
-    lists: dict[str, list[dict[str, Any]]] = {name: [] for name in (*SPLITS, "qa_train", "qa_test", "mc_test")}
+    asked = [f"{task}_{part}" for task in ("qa", "mc") for part in ("train", "test")]
+    lists: dict[str, list[dict[str, Any]]] = {name: [] for name in (*SPLITS, *asked)}
     for split, files in done.items():
         medium, part = split.split("_")
         for number, (path, words) in enumerate(files):
@@ -82,8 +83,9 @@ def _write_lists(folder: Path, done: dict[Split, Done]) -> None:
                 name = f"{part}_{number:06d}_{k}"
                 row = {"question_id": name, "video": path, "question": question, "answer": answer}
                 lists[f"qa_{part}"].append(row)
-            if split == "video_test":
-                lists["mc_test"].append({"video": path, "caption": list(words.choices), "answer": words.answer})
+            if words.choices:
+                choice = {"video": path, "caption": list(words.choices), "answer": words.answer}
+                lists[f"mc_{part}"].append(choice)
     for name, rows in lists.items():
         _write(folder / f"{name}.json", json.dumps(rows, indent=0).encode())
     _write(folder / "vocab.txt", "".join(f"{piece}\n" for piece in vocabulary()).encode())
@@ -93,8 +95,8 @@ def render_corpus(config: ToyConfig, folder: Path | str, workers: int = 1) -> No
     """Renders the corpus into ``folder``, on ``workers`` processes; does nothing where it is finished already.
 
     Writes ``media/``, the lists ``video_train.json``, ``image_train.json``, ``video_test.json``, ``qa_train.json``,
-    ``qa_test.json`` and ``mc_test.json`` in the layouts of Singularity, ``vocab.txt`` and, last, ``toy.json`` with the
-    config. A run that was ended early goes on where it stopped.
+    ``qa_test.json``, ``mc_train.json`` and ``mc_test.json`` in the layouts of Singularity, ``vocab.txt`` and, last,
+    ``toy.json`` with the config. A run that was ended early goes on where it stopped.
 
     Raises:
         ValueError: ``folder`` holds a corpus, or a part of one, of another config.

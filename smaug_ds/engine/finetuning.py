@@ -1,8 +1,8 @@
-"""The tasks of fine-tuning: retrieval, multiple choice (trained as retrieval) and question answering."""
+"""The tasks of fine-tuning: retrieval, multiple choice and question answering."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,10 @@ from smaug_ds.config import ConfigError, naming
 from smaug_ds.data.loader import EvalLoader
 from smaug_ds.data.mixture import Mixture, open_mixture
 from smaug_ds.data.quarantine import Ledger
-from smaug_ds.data.questions import QuestionAnswer, of_questions
+from smaug_ds.data.questions import Asked as AskedText
+from smaug_ds.data.questions import QuestionAnswer, TextChoice, of_questions
 from smaug_ds.engine.answering import QuestionAnswering
+from smaug_ds.engine.choosing import MultipleChoice
 from smaug_ds.engine.tasks import RetrievalTask, Task
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.evaluation import multiple_choice, question_answering
@@ -70,14 +72,21 @@ class FinetunedRetrieval(RetrievalTask):
 
 
 class ChoiceTask(FinetunedRetrieval):
-    """Trained as retrieval, measured by multiple choice."""
+    """Trained on the multiple choices of ``questions.train``, or as retrieval where there are none (MSRVTT-MC has
+    none); measured by multiple choice."""
 
     name = "multiple_choice"
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
+        if config.questions.train:
+            asked = _ask_training(config, self.mixture)
+            self.mixture = of_questions(self.mixture, _by_clip(asked, _choices))
         self.held_out, self.asked = _open_test(config, tokenizer, "multiple choice")
         self.without_evaluation = ""
+
+    def objective(self, model: SmaugModel) -> nn.Module:
+        return MultipleChoice(model) if self.config.questions.train else super().objective(model)
 
     def evaluate(self, model: SmaugModel, checkpoint: str) -> tuple[str, dict[str, Any]]:
         assert self.held_out is not None, "checked in __init__"
@@ -97,16 +106,9 @@ class QuestionTask:
         if not questions.train:
             raise ConfigError("questions.train is empty: name the files of questions on the videos of data.train")
         mixture = open_mixture(config.data)
-        with naming("questions.train"):
-            asked = ask(questions.train, mixture.corpus, questions.allowed_missing)
-            records = [(one, one.benchmark.questions) for one in asked]
-        pairs: dict[str, list[QuestionAnswer]] = {}
-        for one, own in records:
-            for name, rows in one.rows.items():
-                some = [QuestionAnswer(own[row].question, own[row].answer) for row in rows]
-                pairs.setdefault(name, []).extend(some)
-        self.mixture: Mixture = of_questions(mixture, pairs)
-        answers = [question.answer for _, own in records for question in own]
+        asked = _ask_training(config, mixture)
+        self.mixture: Mixture = of_questions(mixture, _by_clip(asked, _questions))
+        answers = [question.answer for one in asked for question in one.benchmark.questions]
         self.answers = answers_to_choose_from(questions, answers)
         self.without_evaluation = "" if questions.test else "questions.test is empty"
         if questions.test:
@@ -134,6 +136,44 @@ class QuestionTask:
             checkpoint,
         )
         return result.table(), result.report()
+
+
+def _ask_training(config: FinetuneConfig, mixture: Mixture) -> list[Asked]:
+    """What ``questions.train`` asks about the clips of ``mixture``, all of the kind of the task."""
+    questions, kind = config.questions, config.task.replace("_", " ")
+    with naming("questions.train"):
+        asked = ask(questions.train, mixture.corpus, questions.allowed_missing)
+        for file, one in zip(questions.train, asked, strict=True):
+            if one.benchmark.task != kind:
+                raise ConfigError(f"questions.train: {file} is a {one.benchmark.task} file, {kind} is wanted")
+            if kind == "multiple choice" and (row := _without_choice(one)) is not None:
+                raise ConfigError(f"questions.train: {file}, row {row} has 1 text: a choice needs at least 2")
+    return asked
+
+
+def _without_choice(asked: Asked) -> int | None:
+    return next((choice.row for choice in asked.benchmark.choices if len(choice.choices) < 2), None)
+
+
+def _by_clip(asked: list[Asked], texts: Callable[[Asked], Sequence[AskedText]]) -> dict[str, list[AskedText]]:
+    """What is asked about each clip, by ``shard/key``."""
+    found: dict[str, list[AskedText]] = {}
+    for one in asked:
+        own = texts(one)
+        for name, rows in one.rows.items():
+            found.setdefault(name, []).extend(own[row] for row in rows)
+    return found
+
+
+def _questions(asked: Asked) -> list[QuestionAnswer]:
+    return [QuestionAnswer(record.question, record.answer) for record in asked.benchmark.questions]
+
+
+def _choices(asked: Asked) -> list[TextChoice]:
+    return [
+        TextChoice(record.choices[record.answer], record.choices[: record.answer] + record.choices[record.answer + 1 :])
+        for record in asked.benchmark.choices
+    ]
 
 
 def _open_test(config: FinetuneConfig, tokenizer: Tokenizer, kind: str) -> tuple[EvalLoader, Asked]:

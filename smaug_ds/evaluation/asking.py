@@ -26,7 +26,7 @@ from smaug_ds.text import Tokenizer
 class QuestionConfig:
     """Which questions are asked, and how answers are found. Files: any layout that docs/benchmarks.md names."""
 
-    train: tuple[str, ...] = ()  # files of questions on the videos of data.train
+    train: tuple[str, ...] = ()  # files of questions, or of multiple choices, on the videos of data.train
     test: tuple[str, ...] = ()  # files of questions, or of multiple choices, on the videos of data.test
     answer_list: str = ""  # JSON list of the answers to choose from; empty: the different ones of ``train``
     method: Literal["rank", "generate"] = "rank"  # choose from the answer list, or write word by word

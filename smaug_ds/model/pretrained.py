@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -154,6 +154,10 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, list):
             raise ValueError(f"{key} is {value!r}, which is no list")
         return tuple(_typed(get_args(hint)[0], item, key) for item in value)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{key} is {value!r}, which is none of {', '.join(map(str, get_args(hint)))}")
+        return value
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and type(value) is not hint:

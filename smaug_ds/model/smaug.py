@@ -18,6 +18,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from smaug_ds.model.answers import AnswerDecoder
+from smaug_ds.model.beit import BeitEncoder
 from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.frame_selector import FrameChoice, FrameSelector, SelectorConfig
 from smaug_ds.model.language import MultiModalEncoder, TextConfig, TextEncoder, WordHead
@@ -149,7 +150,7 @@ class SmaugModel(Pretrained):
             raise ValueError(f"model.text.vocab_size is {config.text.vocab_size}: take it from the tokenizer first")
         self.config = config
         vision, text = config.vision, config.text
-        self.vision = VisionEncoder(vision)
+        self.vision = BeitEncoder(vision) if vision.layout == "beit" else VisionEncoder(vision)
         self.pixel_decoder = PixelDecoder(config.decoder, vision.width, vision.patches, vision.patch_size)
         self.text = TextEncoder(text)
         self.fusion = MultiModalEncoder(text, vision.width)

@@ -7,6 +7,7 @@ D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange, repeat
@@ -26,6 +27,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionConfig:
     """Vision encoder; the defaults are ViT-B/16 as in the paper."""
 
+    layout: Literal["clip", "beit"] = "clip"  # whose transformer it is; beit holds ViT and DeiT, too
+    pooling: Literal["class", "mean"] = "class"  # what speaks for a frame: class token, or (beit) the others' mean
     image_size: int = 224  # height and width, pixels
     patch_size: int = 16  # pixels
     width: int = 768  # D
@@ -45,6 +48,10 @@ class VisionConfig:
             raise ValueError(
                 f"model.vision.image_size {self.image_size} is not a multiple of "
                 f"model.vision.patch_size {self.patch_size}"
+            )
+        if self.pooling == "mean" and self.layout == "clip":
+            raise ValueError(
+                "model.vision.pooling is mean, but model.vision.layout clip has a class token: set it to class"
             )
         if not 0 <= self.mask_ratio <= 0.95:
             raise ValueError(f"model.vision.mask_ratio is {self.mask_ratio}: it must lie in [0, 0.95]")
@@ -175,5 +182,9 @@ class VisionEncoder(nn.Module):
         if not drops:
             return layer.transform(layer.attend(x)), ids
         x, class_attention = layer.attend_and_rank(x)
+        x, ids = self._drop(x, ids, class_attention)
+        return layer.transform(x), ids
+
+    def _drop(self, x: Tensor, ids: Tensor, class_attention: Tensor) -> tuple[Tensor, Tensor]:
         kept, ids = keep_and_fuse(x[:, 1:], ids, class_attention, self.config.keep_rate, self.config.patches)
-        return layer.transform(torch.cat([x[:, :1], kept], dim=1)), ids
+        return torch.cat([x[:, :1], kept], dim=1), ids
