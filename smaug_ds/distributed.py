@@ -110,6 +110,32 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _AllGatherWithGrad.apply(x)
 
 
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.sent, ctx.received = sent, received
+        return _all_to_all(x, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _all_to_all(grads[0], ctx.received, ctx.sent), None, None
+
+
+def _all_to_all(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    rows = x.new_empty((sum(received), *x.shape[1:]))
+    dist.all_to_all_single(rows, x.contiguous(), received, sent)
+    return rows
+
+
+def exchange_rows(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Sends the first ``sent[0]`` rows of x to rank 0, the next ``sent[1]`` to rank 1, ...; returns what came, in rank
+    order, ``received[r]`` rows from rank r. The gradient of a row travels back to the rank that sent it.
+
+    All ranks call it, and have to use the result even if it has no rows: its backward is a collective, too.
+    """
+    return x if world_size() == 1 else _ExchangeRows.apply(x, sent, received)
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, a new tensor of the same shape, without gradient."""
     total = x.detach().clone(memory_format=torch.contiguous_format)

@@ -81,7 +81,7 @@ def test_fusion_equals_padded_reference() -> None:
     encoder = shaken(MultiModalEncoder(TEXT, visual_width=24))
     states = torch.randn(sum(LENGTHS), 32, requires_grad=True)
     visual = torch.randn(len(LENGTHS), 5, 24, requires_grad=True)
-    packed = encoder(states, Packing.of(LENGTHS, "cpu"), visual)
+    packed = encoder(states, Packing.of(LENGTHS, "cpu"), encoder.project(visual))
     mask = reference.token_mask(LENGTHS)
     padded = reference.padded_fusion(encoder, reference.pad_captions(states, LENGTHS), mask, visual)
     compare(packed, padded[mask], [states, visual, *encoder.parameters()])

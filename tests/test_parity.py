@@ -94,7 +94,7 @@ def test_multi_modal_encoder_without_vision_equals_the_last_three_layers_of_bert
     states = bert(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
     packing = Packing.of(LENGTHS, "cpu")
     assert (encoder(states[9][mask], packing, None) - states[12][mask]).abs().max() < TOLERANCE
-    seen = encoder(states[9][mask], packing, torch.randn(3, 5, 48))
+    seen = encoder(states[9][mask], packing, encoder.project(torch.randn(3, 5, 48)))
     assert (seen - states[12][mask]).abs().max() > 0.01, "the cross-attention must matter when it is not silenced"
 
 

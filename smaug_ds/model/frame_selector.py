@@ -39,6 +39,10 @@ class FrameChoice:
     chosen: Tensor  # (B, k) frame ids in temporal order
     weights: Tensor  # (B, T) 1 on chosen frames, 0 on the others, with the gradient of the softmax
 
+    def repeat_first(self, count: int) -> FrameChoice:
+        """Followed by the ``count`` first ones once more."""
+        return FrameChoice(*(torch.cat([x, x[:count]]) for x in (self.scores, self.chosen, self.weights)))
+
 
 class FrameSelector(nn.Module):
     def __init__(self, config: SelectorConfig, visual_width: int, text_width: int):

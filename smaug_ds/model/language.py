@@ -2,14 +2,19 @@
 
 Captions come packed: S tokens of all B captions, one caption after the other, without padding.
 
-Letters: B captions, S tokens of all captions together, M visual tokens of one, D width.
+Letters: B captions, S tokens of all captions together, M visual tokens of one, D width, P texts that look at R frames
+of K tokens each, k frames that a text sees.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,18 +100,72 @@ class MultiModalEncoder(nn.Module):
             for _ in range(config.fusion_layers)
         )
 
-    def forward(self, states: Tensor, packing: Packing, visual: Tensor | None) -> Tensor:
-        """``states`` (S, D), ``visual`` (B, M, Dv) or None to silence the cross-attention -> (S, D)."""
-        return run_layers(self.layers, states, packing, visual, self.config.checkpoint_every)
+    def look(self, visual: Tensor, rows: Tensor, weights: Tensor | None = None) -> list[Tensor]:
+        """Keys and values, one tensor (P, k K, 2 D) a layer, of what P texts see of R frames.
 
+        A frame is projected once a layer, however many texts look at it.
 
-def run_layers(layers: nn.ModuleList, x: Tensor, packing: Packing, visual: Tensor | None, every: int) -> Tensor:
-    """``x`` (S, D) through all ``layers``, every n-th one recomputed in the backward pass."""
-    for number, layer in enumerate(layers, start=1):
-        if every and number % every == 0 and torch.is_grad_enabled():
-            x = checkpoint(layer, x, packing, visual, use_reentrant=False)
+        visual: (R, K, Dv). rows: (P, k) the frames that each text sees. weights: (P, k), all of them 1, that carry the
+        gradient of a choice: the same as if the tokens had been multiplied by them; None where nothing was chosen.
+        """
+        texts, chosen = rows.shape
+        flat = rows.flatten()
+        if len(flat) < len(visual):  # frames that nobody looks at are not projected
+            visual = visual.index_select(0, flat)
+            if weights is not None:
+                visual = visual * weights.view(-1, 1, 1).to(visual.dtype)
+            return [_side_by_side(keys_values, texts, chosen) for keys_values in self.project(visual)]
+        if weights is None:
+            everything = [keys_values.index_select(0, flat) for keys_values in self.project(visual)]
         else:
-            x = layer(x, packing, visual)
+            everything = [_weighted(layer.cross_attention.key_value, visual, flat, weights) for layer in self.layers]
+        return [_side_by_side(keys_values, texts, chosen) for keys_values in everything]
+
+    def project(self, visual: Tensor) -> list[Tensor]:
+        """``visual`` (B, M, Dv) -> keys and values (B, M, 2 D) of each layer."""
+        return [layer.cross_attention.key_value(visual) for layer in self.layers]
+
+    def forward(
+        self, states: Tensor, packing: Packing, seen: Sequence[Tensor] | None, rows: Tensor | None = None
+    ) -> Tensor:
+        """``states`` (S, D), ``seen`` from ``look`` or ``project``, or None to silence the cross-attention -> (S, D).
+
+        With ``rows`` (R,) only these tokens of the result, (R, D): the last layer leaves the others out.
+        """
+        return run_layers(self.layers, states, packing, seen, self.config.checkpoint_every, rows)
+
+
+def _side_by_side(keys_values: Tensor, texts: int, chosen: int) -> Tensor:
+    """(P k, K, 2 D) -> (P, k K, 2 D)."""
+    return rearrange(keys_values, "(p k) n d -> p (k n) d", p=texts, k=chosen)
+
+
+def _weighted(projection: nn.Linear, visual: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """The projection of ``visual[rows] * weights`` (P k, K, 2 D): the weights scale the tokens, but not the bias."""
+    projected = F.linear(visual, projection.weight).index_select(0, rows)
+    scale = weights.view(-1, 1, 1).to(projected.dtype)
+    return torch.addcmul(projection.bias.to(projected.dtype), projected, scale)
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    x: Tensor,
+    packing: Packing,
+    seen: Sequence[Tensor] | None,
+    every: int,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """``x`` (S, D) through all ``layers``, the last one for ``rows`` (R,) alone if they are given; every n-th layer is
+    recomputed in the backward pass."""
+    for number, layer in enumerate(layers, start=1):
+        assert isinstance(layer, BertBlock)
+        keys_values = None if seen is None else seen[number - 1]
+        last = rows is not None and number == len(layers)
+        function = functools.partial(layer.of_rows, rows=rows) if last else layer
+        if every and number % every == 0 and torch.is_grad_enabled():
+            x = checkpoint(function, x, packing, keys_values, use_reentrant=False)
+        else:
+            x = function(x, packing, keys_values)
     return x
 
 
@@ -121,5 +180,5 @@ class WordHead(nn.Module):
 
     def forward(self, states: Tensor, word_embedding: Tensor) -> Tensor:
         """``states`` (R, D) of the places to predict, ``word_embedding`` (vocabulary, D) -> (R, vocabulary)."""
-        x = self.norm(nn.functional.gelu(self.transform(states)))
-        return nn.functional.linear(x, word_embedding, self.bias)
+        x = self.norm(F.gelu(self.transform(states)))
+        return F.linear(x, word_embedding, self.bias)

@@ -1,7 +1,7 @@
 """Attention and transformer blocks that timm and transformers do not offer in the form SMAUG needs.
 
-Letters: B batch, L tokens of the query side, M tokens of the key side, S packed tokens of all captions, D width,
-H heads, E width of one head.
+Letters: B batch, L tokens of the query side, M tokens of the key side, S packed tokens of all captions, R of them that
+are wanted, D width, H heads, E width of one head.
 """
 
 from __future__ import annotations
@@ -55,12 +55,22 @@ class CaptionAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """``x`` (S, D) -> (S, D)."""
-        q, k, v = rearrange(packing.pad(self.qkv(x)), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+    def forward(self, x: Tensor, packing: Packing, rows: Tensor | None = None) -> Tensor:
+        """``x`` (S, D) -> (S, D); with ``rows`` (R,) only what these tokens find, (R, D)."""
+        qkv = self.qkv(x)
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, dropout_p=dropout)
-        return self.out(packing.unpad(rearrange(attended, "b h l e -> b l (h e)")))
+        if rows is None:
+            q, k, v = rearrange(packing.pad(qkv), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask, dropout_p=dropout)
+            return self.out(packing.unpad(rearrange(attended, "b h l e -> b l (h e)")))
+        width = x.shape[-1]
+        captions = packing.captions_of(rows)
+        q = rearrange(qkv[:, :width].index_select(0, rows), "r (h e) -> r h 1 e", h=self.heads)
+        seen = packing.pad(qkv[:, width:]).index_select(0, captions)
+        k, v = rearrange(seen, "r l (two h e) -> two r h l e", two=2, h=self.heads)
+        mask = packing.mask.index_select(0, captions)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out(rearrange(attended, "r h 1 e -> r (h e)"))
 
 
 class CrossAttention(nn.Module):
@@ -74,13 +84,22 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(visual_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing, visual: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``x`` (S, D), ``visual`` (B, M, visual width), ``mask`` (B, 1, 1, M) True on what may be seen -> (S, D)."""
+    def forward(self, x: Tensor, packing: Packing, seen: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``x`` (S, D), ``seen`` (B, M, 2 D) from ``key_value``, ``mask`` (B, 1, 1, M) True on what may be seen ->
+        (S, D)."""
         q = rearrange(packing.pad(self.query(x)), "b l (h e) -> b h l e", h=self.heads)
-        k, v = rearrange(self.key_value(visual), "b m (two h e) -> two b h m e", two=2, h=self.heads)
+        k, v = rearrange(seen, "b m (two h e) -> two b h m e", two=2, h=self.heads)
+        return self.out(packing.unpad(rearrange(self._attend(q, k, v, mask), "b h l e -> b l (h e)")))
+
+    def of_rows(self, x: Tensor, seen: Tensor) -> Tensor:
+        """``x`` (R, D) tokens, each with what it sees, ``seen`` (R, M, 2 D) -> (R, D)."""
+        q = rearrange(self.query(x), "r (h e) -> r h 1 e", h=self.heads)
+        k, v = rearrange(seen, "r m (two h e) -> two r h m e", two=2, h=self.heads)
+        return self.out(rearrange(self._attend(q, k, v, None), "r h 1 e -> r (h e)"))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out(packing.unpad(rearrange(attended, "b h l e -> b l (h e)")))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 class BertBlock(nn.Module):
@@ -101,13 +120,22 @@ class BertBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, packing: Packing, visual: Tensor | None = None, visual_mask: Tensor | None = None
+        self, x: Tensor, packing: Packing, seen: Tensor | None = None, seen_mask: Tensor | None = None
     ) -> Tensor:
-        """``x`` (S, D) packed captions, ``visual`` (B, M, Dv) or None, all of it seen without a ``visual_mask``
-        (B, 1, 1, M) -> (S, D)."""
+        """``x`` (S, D) packed captions, ``seen`` (B, M, 2 D) keys and values that the cross-attention made of visual
+        tokens, or None, all of them seen without a ``seen_mask`` (B, 1, 1, M) -> (S, D)."""
         x = self.attention_norm(x + self.drop(self.attention(x, packing)))
-        if visual is not None:
-            x = self.cross_attention_norm(x + self.drop(self.cross_attention(x, packing, visual, visual_mask)))
+        if seen is not None:
+            x = self.cross_attention_norm(x + self.drop(self.cross_attention(x, packing, seen, seen_mask)))
+        return self.mlp_norm(x + self.drop(self.mlp(x)))
+
+    def of_rows(self, x: Tensor, packing: Packing, seen: Tensor | None, rows: Tensor) -> Tensor:
+        """The same for the tokens ``rows`` (R,) alone, where nobody wants the others: (R, D)."""
+        attended = self.attention(x, packing, rows)
+        x = self.attention_norm(x.index_select(0, rows) + self.drop(attended))
+        if seen is not None:
+            attended = self.cross_attention.of_rows(x, seen.index_select(0, packing.captions_of(rows)))
+            x = self.cross_attention_norm(x + self.drop(attended))
         return self.mlp_norm(x + self.drop(self.mlp(x)))
 
 

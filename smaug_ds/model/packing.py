@@ -1,6 +1,7 @@
 """Captions without padding: the tokens of all captions one after the other, and where each of them belongs.
 
-Letters: B captions, S tokens of all captions together, L tokens of the longest one, D width.
+Letters: B captions, S tokens of all captions together, L tokens of the longest one, R of them that are wanted,
+D width.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Packing:
         longest = max(lengths)
         return cls(
             lengths=list(lengths),
-            positions=_to(_ranges(torch.zeros_like(count), count), device),
-            first_rows=_to(_starts(count), device),
-            padded_rows=_to(_ranges(number * longest, count), device),
-            mask=_to((torch.arange(longest, device="cpu") < count[:, None])[:, None, None], device),
+            positions=to_device(_ranges(torch.zeros_like(count), count), device),
+            first_rows=to_device(_starts(count), device),
+            padded_rows=to_device(_ranges(number * longest, count), device),
+            mask=to_device((torch.arange(longest, device="cpu") < count[:, None])[:, None, None], device),
         )
 
     def pad(self, tokens: Tensor) -> Tensor:
@@ -49,6 +50,10 @@ class Packing:
     def unpad(self, padded: Tensor) -> Tensor:
         """(B, L, ...) -> (S, ...)."""
         return padded.flatten(0, 1).index_select(0, self.padded_rows)
+
+    def captions_of(self, rows: Tensor) -> Tensor:
+        """The number of the caption that each of the packed tokens ``rows`` (R,) belongs to, (R,)."""
+        return self.padded_rows.index_select(0, rows) // self.mask.shape[-1]
 
     def first(self, tokens: Tensor) -> Tensor:
         """(S, ...) -> (B, ...), the first token of each caption: the class token."""
@@ -63,7 +68,7 @@ def pick_captions(tokens: Tensor, lengths: Sequence[int], captions: Sequence[int
     count = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     picked = torch.tensor(captions, dtype=torch.int64, device="cpu")
     rows = _ranges(_starts(count)[picked], count[picked])
-    return tokens.index_select(0, _to(rows, tokens.device)), count[picked].tolist()
+    return tokens.index_select(0, to_device(rows, tokens.device)), count[picked].tolist()
 
 
 def _starts(lengths: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum()), device="cpu") + (starts - _starts(lengths)).repeat_interleave(lengths)
 
 
-def _to(index: Tensor, device: torch.device | str) -> Tensor:
+def to_device(index: Tensor, device: torch.device | str) -> Tensor:
     """``index`` on ``device``; a copy from pinned memory does not wait for a GPU."""
     pinned = index.pin_memory() if torch.device(device).type == "cuda" else index
     return pinned.to(device, non_blocking=True)

@@ -199,7 +199,16 @@ class SmaugModel(Pretrained):
     def encode_text(self, input_ids: Tensor, lengths: Sequence[int]) -> TextOutput:
         """``input_ids`` (S,) of B captions, one after the other, of ``lengths`` tokens each."""
         packing = Packing.of(lengths, input_ids.device)
-        states = self.text(input_ids, packing)
+        return self._project_text(self.text(input_ids, packing), packing)
+
+    def encode_twice(self, input_ids: Tensor, masked_ids: Tensor, lengths: Sequence[int]) -> tuple[TextOutput, Tensor]:
+        """Captions (S,) as ``encode_text`` has them, and the states (S, D) of the same with words hidden, in one pass."""
+        packing = Packing.of(lengths, input_ids.device)
+        both = Packing.of([*lengths, *lengths], input_ids.device)
+        clean, masked = self.text(torch.cat([input_ids, masked_ids]), both).chunk(2)
+        return self._project_text(clean, packing), masked
+
+    def _project_text(self, states: Tensor, packing: Packing) -> TextOutput:
         embedding = self.text_projection(packing.first(states))
         return TextOutput(states, packing, F.normalize(embedding.float(), dim=-1))
 
@@ -261,18 +270,53 @@ class SmaugModel(Pretrained):
             tokens = tokens[rows, choice.chosen] * weights[:, :, None, None]
         return rearrange(tokens, "b t k d -> b (t k) d")
 
-    def fuse(self, states: Tensor, packing: Packing, visual_tokens: Tensor) -> Tensor:
-        """``states`` (S, D) of the text encoder, ``visual_tokens`` (B, M, D) -> (S, D)."""
-        return self.fusion(states, packing, visual_tokens)
+    def choose_for_pairs(
+        self, tokens: Tensor, clips: Tensor, sentence: Tensor, noise: Tensor | None
+    ) -> FrameChoice | None:
+        """The frames that P texts choose, each of its clip; None where the fusion sees all.
+
+        tokens: (B, T, K, D). clips: (P,) rows of ``tokens``. sentence: (P, Dt). noise: (P, T) uniform while training.
+        """
+        if tokens.shape[1] <= self.config.frames_kept:
+            return None
+        return self.selector(tokens[:, :, 0].index_select(0, clips), sentence, self.config.frames_kept, noise)
+
+    def look_at_pairs(self, tokens: Tensor, clips: Tensor, choice: FrameChoice | None) -> list[Tensor]:
+        """Keys and values, a tensor for each layer of the fusion, of what P texts see, each of its clip.
+
+        The same as projecting the ``look_at`` of every pair, but a frame is projected once for all texts.
+
+        tokens: (B, T, K, D). clips: (P,) rows of ``tokens``. choice: of these pairs; None where all frames are seen.
+        """
+        frames = tokens.shape[1]
+        if choice is None:
+            rows, weights = clips[:, None] * frames + torch.arange(frames, device=clips.device), None
+        else:
+            rows, weights = clips[:, None] * frames + choice.chosen, choice.weights.gather(1, choice.chosen)
+        return self.fusion.look(rearrange(tokens, "b t k d -> (b t) k d"), rows, weights)
+
+    def fuse(
+        self, states: Tensor, packing: Packing, visual: Tensor | Sequence[Tensor], rows: Tensor | None = None
+    ) -> Tensor:
+        """``states`` (S, D) of the text encoder -> (S, D), or only ``rows`` (R,) of it: (R, D), at less cost.
+
+        visual: tokens (B, M, D), or the keys and values that ``look_at_pairs`` made of them.
+        """
+        seen = self.fusion.project(visual) if isinstance(visual, Tensor) else visual
+        return self.fusion(states, packing, seen, rows)
 
     def match_logits(self, fused: Tensor, packing: Packing) -> Tensor:
         """``fused`` (S, D) -> (B, 2): not matched, matched."""
-        return self.match_head(packing.first(fused)).float()
+        return self.match_logits_of(packing.first(fused))
+
+    def match_logits_of(self, first: Tensor) -> Tensor:
+        """``first`` (B, D) fused class tokens -> (B, 2): not matched, matched."""
+        return self.match_head(first).float()
 
     def match(self, visual: VisualOutput, text: TextOutput) -> Tensor:
         """How much better pair i fits than not: matched minus unmatched logit, (B,)."""
-        fused = self.fuse(text.states, text.packing, self.look_at(visual.tokens, text.sentence))
-        logits = self.match_logits(fused, text.packing)
+        seen = self.look_at(visual.tokens, text.sentence)
+        logits = self.match_logits_of(self.fuse(text.states, text.packing, seen, text.packing.first_rows))
         return logits[:, 1] - logits[:, 0]
 
     def word_logits(self, states: Tensor) -> Tensor:
