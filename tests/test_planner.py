@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import subprocess
 from pathlib import Path
@@ -69,7 +70,7 @@ def work(model: ModelConfig | None = None, precision: Precision = BF16, **change
     [
         {},
         {"frames": 4, "frames_kept": 4},
-        {"frames": 8, "frames_kept": 2, "vision__depth": 7},
+        {"frames": 8, "frames_kept": 2, "vision__sparsify_layers": (2,), "vision__depth": 7},
         {"answer_layers": 2, "projection": 48, "decoder__depth": 1, "selector__mlp_width": 768},
     ],
 )
@@ -203,28 +204,30 @@ def engine_step(path: str) -> tuple[float, int]:
     world = dist.get_world_size()
     others = (world - 1) / world
 
-    def count(name: str, share: float, argument: int) -> None:
+    def count(name: str, share: float, argument: str) -> None:
         real = getattr(dist, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if isinstance(args[argument], Tensor):
-                sent[0] += share * args[argument].numel() * args[argument].element_size()
+            tensor = inspect.signature(real).bind(*args, **kwargs).arguments[argument]
+            sent[0] += share * tensor.numel() * tensor.element_size()
             return real(*args, **kwargs)
 
         setattr(dist, name, counted)
 
+    # before the engine is made, which remembers the functions that it is going to call
+    for name, share, argument in (
+        ("all_reduce", 2 * others, "tensor"),
+        ("all_gather", world - 1, "tensor"),
+        ("all_gather_into_tensor", world - 1, "input_tensor"),
+        ("all_to_all_single", others, "input"),
+    ):
+        count(name, share, argument)
     config = small_config()
     model = small_model(config)
     engine = build_engine(
         Pretraining(model, LossConfig()), str(ROOT / "ds_configs/cpu.json"), OptimConfig(), lambda step: 1.0, 4, 2
     )
-    for name, share, argument in (
-        ("all_reduce", 2 * others, 0),
-        ("all_gather", world - 1, 1),
-        ("all_gather_into_tensor", world - 1, 1),
-        ("all_to_all_single", others, 1),
-    ):
-        count(name, share, argument)
+    sent[0] = 0.0
     for turn in range(2):
         batch = random_batch(config, 4, seed=2 * dist.get_rank() + turn, lengths=[12] * 4)
         engine.backward(engine(batch)["loss"])
@@ -335,7 +338,8 @@ def test_ranks_share_the_cores_of_a_host() -> None:
         changed = dataclasses.replace(plan, media=dataclasses.replace(plan.media, **media))
         return predict(changed, Machine.of(cluster, calibrated=True), fast).seconds
 
-    assert step(4, image_cpu_ms=0.001) / step(2, image_cpu_ms=0.001) == pytest.approx(2, rel=0.02)
+    # but for AdamW, whose work the ranks divide
+    assert step(4, image_cpu_ms=0.001) / step(2, image_cpu_ms=0.001) == pytest.approx(2, rel=0.05)
     assert step(4, image_cpu_ms=5) - step(4, image_cpu_ms=0.001) == pytest.approx(4 * 16 * 5e-3 / 2, rel=0.02)
     assert step(1, image_cpu_ms=5) == pytest.approx(step(1, image_cpu_ms=0.001))  # there is a core to spare
 
@@ -428,7 +432,8 @@ def test_a_plan_is_told_and_written(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(("nodes", "expected"), [(1, "jobs/launch_local.sh"), (4, "jobs/launch_multinode.sh")])
 def test_scripts_for_hosts_are_whole(nodes: int, expected: str, tmp_path: Path) -> None:
     script = tmp_path / "start.sh"
-    assert plan_run("--launcher", "hosts", "--write", str(script), f"cluster.nodes={nodes}") == 0
+    arguments = ["--launcher", "hosts", "--write", str(script), f"cluster.nodes={nodes}", "batch.global_size=4096"]
+    assert plan_run(*arguments) == 0
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert expected in script.read_text()
 
