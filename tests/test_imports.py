@@ -25,6 +25,7 @@ ALLOWED = {
     "convert": {"model", "config"},
     "exchange": {"engine", "model", "config", "text"},
     "encoders": {"model", "data", "text"},
+    "planner": {"model", "losses", "data", "config"},
     "config": set(),
     "progress": set(),
 }

@@ -46,28 +46,32 @@ def main(arguments: Sequence[str], program: str) -> int:
     """The subcommand ``host``, with what follows it on the command line; returns the exit code."""
     parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--ranks", type=int, metavar="N", help="that will share the cores (one on each core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     args = parser.parse_intermixed_args(arguments)
+    cores = len(os.sched_getaffinity(0))
+    ranks = cores if args.ranks is None else args.ranks
     try:
         config = with_vocabulary(parse(PretrainConfig, args.config, args.overrides))
         autocast = Precision.of(load_json(config.run.deepspeed)).activation_bytes == 2
+        if ranks < 1:
+            raise ConfigError(f"--ranks is {ranks}: it must be at least 1")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     told = conditions({"model": config.model.size, "frames": config.model.frames, "batch": config.batch.micro_size})
     print(describe(told))
-    found = measure(config, autocast)
+    found = measure(config, autocast, ranks, cores)
     print(" ".join(f"cluster.{name}={value:.4g}" for name, value in found.items()))
     if args.json:
         args.json.write_text(json.dumps({"conditions": told, "cluster": found}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def measure(config: PretrainConfig, autocast: bool) -> dict[str, Any]:
-    """Settings of ``ClusterConfig`` that describe this host for ``config``."""
-    cores = len(os.sched_getaffinity(0))
+def measure(config: PretrainConfig, autocast: bool, ranks: int, cores: int) -> dict[str, Any]:
+    """Settings of ``ClusterConfig`` that describe this host for ``config`` on so many ranks."""
     peak, alone, _, _ = _together(1, config, autocast)
-    _, crowded, large, small = _together(cores, config, autocast)
+    _, crowded, large, small = _together(ranks, config, autocast)
     hidden = round(config.loss.mlm_probability * CAPTION)
     step = Step(config.model.frames, config.batch.micro_size, 1, Captions.full(CAPTION), hidden)
     flops = sum(part.total for part in step_flops(config.model, config.loss, step).values())
@@ -76,12 +80,12 @@ def measure(config: PretrainConfig, autocast: bool) -> dict[str, Any]:
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         "peak_tflops": 2.0 * SQUARE**3 / peak / 1e12,
         "efficiency": flops / alone / (2.0 * SQUARE**3 / peak),
-        "contention": max(1.0, crowded / alone),
+        "contention": max(1.0, crowded / alone / max(1.0, ranks / cores)),
     }
-    if cores > 1:
+    if ranks > 1:
         # each rank of a ring sends 2 (W - 1) / W of the tensor; the host moves that of all ranks
-        found |= {"link_gb_s": 2 * (cores - 1) * LARGE * 4 / large / 1e9}
-        found |= {"latency_us": small * 1e6 / max(1, (cores - 1).bit_length())}
+        found |= {"link_gb_s": 2 * (ranks - 1) * LARGE * 4 / large / 1e9}
+        found |= {"latency_us": small * 1e6 / (ranks - 1).bit_length()}
     return found
 
 

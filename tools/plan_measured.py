@@ -38,8 +38,8 @@ def row_of_run(folder: Path, media: MediaConfig) -> Measured:
 
     media: whose caption lengths are taken for the run's. Raises ConfigError or OSError for what is no finished run.
     """
-    config = parse(PretrainConfig, folder / "config.yaml")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    config = parse(PretrainConfig, folder / "config.yaml")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = lines[len(lines) // 5 :]
     if not lines:

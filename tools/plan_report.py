@@ -42,9 +42,26 @@ def report(plan: Plan) -> str:
     sections = [_model(plan), _memory(plan), _step(plan), _run(plan), _scaling(plan)]
     if plan.checks:
         sections.append(_checks(plan))
-    if plan.machine.assumptions:
-        sections.append("\n".join(["assumed, not measured:", *(f"  {text}" for text in plan.machine.assumptions)]))
+    sections.append("\n".join(["assumed, not measured:", *(f"  {text}" for text in _assumptions(plan))]))
     return "\n\n".join(sections)
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    """Figures of data sheets, and of the settings ``cluster`` and ``media``, that nothing here has measured."""
+    cluster, media = plan.machine.cluster, plan.work.media
+    found = [*plan.machine.assumptions]
+    if not cluster.on_cpu and media.nvdec:
+        found.append(f"an NVDEC engine decodes {media.nvdec_pictures_s:g} pictures of 640x360 a second")
+    found.append(
+        f"clips of {media.clip_mb:g} MB and {media.clip_seconds:g} s, a key frame every {media.key_frame_every:g} "
+        f"pictures; images of {media.image_mb:g} MB; captions of {media.caption_tokens:g} tokens (media.*)"
+    )
+    network = f"{cluster.network_gb_s:g} GB/s between nodes, " if cluster.nodes > 1 or not cluster.on_cpu else ""
+    found.append(
+        f"{network}{cluster.storage_gb_s:g} GB/s from storage to a node, {cluster.checkpoint_gb_s:g} GB/s to it from "
+        f"all, {cluster.cores} cores a node (cluster.*)"
+    )
+    return found
 
 
 def _model(plan: Plan) -> str:
@@ -109,21 +126,24 @@ def _run(plan: Plan) -> str:
 
 
 def _scaling(plan: Plan) -> str:
-    first = plan.scaling[0].weak.samples_per_second
+    first = plan.scaling[0].weak.unhindered / plan.scaling[0].weak.ranks
     work = plan.work
     lines = [
-        f"scaling: micro batch {work.micro_batch} on every rank; and global batch {work.global_batch}",
-        f"  {'ranks':>6} {'samples/s':>11} {'efficiency':>10} {'GB a rank':>9}  {'bottleneck':34} "
-        f"{'samples/s':>11} {'efficiency':>10}",
+        f"scaling, samples/s: micro batch {work.micro_batch} on every rank (!: does not fit), or global batch "
+        f"{work.global_batch}; efficiency is that of model and network",
+        f"  {'ranks':>6} {'model':>11} {'efficiency':>10} {'with data':>11} {'GB a rank':>10}  {'bottleneck':38} "
+        f"{'same batch':>11} {'efficiency':>10} {'with data':>11}",
     ]
     for row in plan.scaling:
         weak, strong = row.weak, row.strong
         line = (
-            f"  {weak.ranks:6} {weak.samples_per_second:11,.0f} {weak.samples_per_second / weak.ranks / first:10.1%} "
-            f"{row.needed / GB:9.1f}  {weak.bottleneck:34} "
+            f"  {weak.ranks:6} {weak.unhindered:11,.0f} {weak.unhindered / weak.ranks / first:10.1%} "
+            f"{weak.samples_per_second:11,.0f} {row.memory.needed / GB:9.1f}{' ' if row.memory.fits else '!'}  "
+            f"{weak.bottleneck:38} "
         )
         if strong is not None:
-            line += f"{strong.samples_per_second:11,.0f} {strong.samples_per_second / strong.ranks / first:10.1%}"
+            share = strong.unhindered / strong.ranks / first
+            line += f"{strong.unhindered:11,.0f} {share:10.1%} {strong.samples_per_second:11,.0f}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
@@ -155,14 +175,16 @@ def as_json(plan: Plan, config: dict[str, Any], command: Sequence[str]) -> dict[
             {
                 "ranks": row.weak.ranks,
                 "samples_per_second": row.weak.samples_per_second,
+                "without_data": row.weak.unhindered,
                 "bottleneck": row.weak.bottleneck,
-                "bytes_of_a_rank": row.needed,
-                "fixed_global_batch": None if row.strong is None else row.strong.samples_per_second,
+                "bytes_of_a_rank": row.memory.needed,
+                "fits": row.memory.fits,
+                "same_global_batch": None if row.strong is None else row.strong.samples_per_second,
             }
             for row in plan.scaling
         ],
         "checks": [{**asdict(row), "predicted_seconds": predicted} for row, predicted in plan.checks],
-        "assumptions": list(plan.machine.assumptions),
+        "assumptions": _assumptions(plan),
     }
 
 

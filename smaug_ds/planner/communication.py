@@ -16,6 +16,10 @@ from smaug_ds.planner.cluster import Machine
 from smaug_ds.planner.flops import Step
 from smaug_ds.planner.memory import FLOAT, NEGATIVES, Negatives, Precision, gathered_elements
 
+# All-reduces of a few bytes in a micro step: that the data came, over how many pairs each of four losses is a mean,
+# that all is finite, that nobody was told to stop, the norm of the gradient.
+AGREEMENTS = 8
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -53,6 +57,7 @@ def exchanges(
     if precision.stage >= 1:
         gathered = 2 * accumulation if precision.stage == 3 else 1
         found.append(Exchange("weights", ring * parameters * precision.weight_bytes * gathered, float(gathered)))
+    found.append(Exchange("agreement", 8.0, float(AGREEMENTS * accumulation)))
     embedding = step.batch * model.projection * FLOAT
     if loss.vtc or loss.vtm:
         found.append(_embeddings(embedding, world, loss, accumulation))

@@ -48,6 +48,10 @@ class MediaConfig:
             return (self.nvdec_image_cpu_ms if on_gpu else self.image_cpu_ms) / 1e3
         if on_gpu and self.nvdec:
             return self.nvdec_cpu_ms / 1e3
+        return self.decoding_cpu_seconds(frames)
+
+    def decoding_cpu_seconds(self, frames: int) -> float:
+        """Of one core, for a clip that the CPU decodes."""
         return (self.clip_cpu_ms + (frames - 1) * self.frame_cpu_ms) / 1e3
 
     def pictures(self, frames: int) -> float:
@@ -93,7 +97,12 @@ def supplies(mix: Mapping[Medium, float], frames: int, media: MediaConfig, machi
         if media.nvdec and mix.get("video"):
             engines = machine.nvdec * cluster.devices
             clips = engines * media.nvdec_pictures_s / media.pictures(frames)
-            remedy = "clips with closer key frames and fewer pictures a second, or data.decoder=pyav"
+            on_cores = cluster.cores / media.decoding_cpu_seconds(frames)
+            remedy = "clips with closer key frames and fewer pictures a second"
+            if on_cores > clips:
+                remedy += (
+                    f", or data.decoder=pyav ({on_cores:,.0f} clips/s on the cores of a node against {clips:,.0f})"
+                )
             found.append(Supply("NVDEC", clips / mix["video"], remedy))
     return found
 

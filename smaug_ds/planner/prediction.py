@@ -76,6 +76,12 @@ class Prediction:
         return self.ranks * self.micro_batch * self.accumulation / self.seconds
 
     @property
+    def unhindered(self) -> float:
+        """The same if the data path were never late."""
+        working = self.seconds - self.parts.get("waiting for data", 0.0)
+        return self.ranks * self.micro_batch * self.accumulation / working
+
+    @property
     def bottleneck(self) -> str:
         """What takes most of the step; the name of the slowest part of the data path where the model waits for it."""
         most = max(self.parts, key=lambda name: self.parts[name])
@@ -204,7 +210,7 @@ def _ways_to_fit(work: Work, machine: Machine) -> Iterator[str]:
     while smaller and not memory(dataclasses.replace(work, micro_batch=smaller), machine).fits:
         smaller -= 1 if smaller < 16 else 8
     if smaller:
-        yield f"lower batch.micro_size to {smaller}"
+        yield f"lower batch.micro_size to {smaller} or less"
     vision = dataclasses.replace(work.model.vision, checkpoint_every=1)
     text = dataclasses.replace(work.model.text, checkpoint_every=1)
     model = dataclasses.replace(work.model, vision=vision, text=text)
@@ -231,7 +237,7 @@ class Scale:
 
     weak: Prediction
     strong: Prediction | None
-    needed: float  # bytes of a rank with the micro batch that stays
+    memory: Fit  # of a rank with the micro batch that stays
 
 
 def scaling(work: Work, cluster: ClusterConfig, speed: Speed, calibrated: bool) -> list[Scale]:
@@ -245,5 +251,5 @@ def scaling(work: Work, cluster: ClusterConfig, speed: Speed, calibrated: bool) 
         micro = min(work.micro_batch, work.global_batch // ranks)
         if micro and work.global_batch % (micro * ranks) == 0:
             strong = predict(work, machine, speed, micro, work.global_batch // (micro * ranks))
-        found.append(Scale(predict(work, machine, speed), strong, memory(work, machine).needed))
+        found.append(Scale(predict(work, machine, speed), strong, memory(work, machine)))
     return found
