@@ -215,6 +215,15 @@ def test_spread_and_phases() -> None:
     assert timing.phase_medians == {"forward": 2.0}
 
 
+@pytest.mark.parametrize("start", [1, 3, 8, 64, 1000])
+@pytest.mark.parametrize("limit", [1, 2, 7, 8, 63, 100, 1500])
+def test_largest_batch_is_found_from_either_side(start: int, limit: int) -> None:
+    found = profile_model.largest(lambda batch: batch <= limit, start)
+    assert found <= limit < found + max(1, found // 16) + 1
+    with pytest.raises(ConfigError, match="not even 1 fits"):
+        profile_model.largest(lambda batch: False, start)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [("x = 1", "has no make_step"), ("def make_step(batch, frames, dtype): return 3", "make_step returned 3")],

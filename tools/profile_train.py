@@ -143,7 +143,7 @@ def record(
     """What lines of metrics.jsonl, one a step, say: as ``tools/plan_run.py --profile`` reads it.
 
     ``phases`` are medians in seconds: waiting for data, computing forward, backward and step, and communication, which
-    is in none of the others.
+    is in none of the others; but on a GPU, where it may run beside the computing, it is in them, too.
     """
     seconds = Spread.of([config.batch.global_size / line["samples_per_second"] for line in lines])
 
@@ -191,7 +191,8 @@ def tell(measured: dict[str, Any]) -> str:
     rows = [["", "s a step", "share"]]
     for name, value in measured["phases"].items():
         rows.append([names.get(name, name), f"{value:.3f}", f"{value / total:.1%}"])
-    rest = total - sum(measured["phases"].values())
+    apart = [value for name, value in measured["phases"].items() if measured["device"] == "cpu" or name in PHASES]
+    rest = total - sum(apart)
     rows += [["the rest", f"{rest:.3f}", f"{rest / total:.1%}"]]
     rows += [["whole step", Spread(**measured["seconds_per_step"]).text(3), ""]]
     return "\n".join(

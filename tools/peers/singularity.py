@@ -46,6 +46,7 @@ def make_step(batch: int, frames: int, dtype: str) -> Callable[[], torch.Tensor]
     config = _config(peer, frames)
     torch.manual_seed(0)
     model = _model(peer, config).to(device).train()
+    _draw_on(device, model)
     optimizer = importlib.import_module("utils.optimizer").create_optimizer(config.optimizer, model)
 
     tokens = int(os.environ.get("SINGULARITY_TOKENS", config.max_txt_l.video))
@@ -108,6 +109,18 @@ def _model(peer: Path, config: Any) -> torch.nn.Module:
     # its MLM head shares the word embedding, which newer transformers no longer arranges for it
     model.text_encoder.cls.predictions.decoder.weight = model.text_encoder.bert.embeddings.word_embeddings.weight
     return model
+
+
+def _draw_on(device: torch.device, model: Any) -> None:
+    """On a GPU, draws the masked words there: the checkout draws them on the CPU, and newer torch refuses to mix."""
+    original = model.mask
+
+    def mask(*args: Any, probability_matrix: torch.Tensor, **kwargs: Any) -> Any:
+        with device:
+            return original(*args, probability_matrix=probability_matrix.to(device), **kwargs)
+
+    if device.type == "cuda":
+        model.mask = mask
 
 
 def _make_room_for_old_code() -> None:
