@@ -125,13 +125,17 @@ class Result:
 
 
 def ablate(config: StepConfig, rows: Sequence[Row], args: argparse.Namespace, told: dict[str, Any]) -> Report:
-    """Times the rows and prints the table. The dense model of a number of frames stays open for all its rows."""
-    peak, results = peak_of(config), []
+    """Times the rows and prints the table. The dense model of a number of frames stays open for all its rows; a row
+    that stands in two tables is timed once."""
+    peak, known = peak_of(config), dict[StepConfig, Result]()
     for frames in dict.fromkeys(row.frames for row in rows):
         group = [row for row in rows if row.frames == frames]
         with Runner("dense", group[0].dense.of(config), args.warmup) as dense:
-            results += [_against(dense, row, row.of(config), args, peak) for row in group]
-    results.sort(key=lambda result: rows.index(result.row))
+            for row in group:
+                step = row.of(config)
+                if step not in known:
+                    known[step] = _against(dense, row, step, args, peak)
+    results = [dataclasses.replace(known[row.of(config)], row=row) for row in rows]
     print(_table(results))
     bars = [
         Bar(f"{result.row.name}", result.ratio.median, f"{result.ratio.median:.2f}", result.row.paper)
