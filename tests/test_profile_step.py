@@ -303,6 +303,21 @@ def test_ablation_holds_rows_against_dense(tmp_path: Path, monkeypatch: pytest.M
     assert row["paper"] == pytest.approx(1.65, abs=0.01)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "deepspeed"])
+def test_steps_on_a_gpu(tmp_path: Path, dtype: str) -> None:
+    out = tmp_path / "figures.json"
+    arguments = ["--size", "tiny", "--steps", "2", "--json", str(out), "--trace", str(tmp_path / "trace.json")]
+    profile_model.main([*arguments, f"dtype={dtype}", "batch=4", "model.frames=4", "model.frames_kept=2"], "model")
+    (measured,) = json.loads(out.read_text())["measured"]
+    assert measured["device"] == torch.cuda.get_device_name()
+    assert all(measured["phases"][name] > 0 for name in ("forward", "backward", "step"))
+    assert 0 < measured["mfu"] < 1
+    assert 0 < measured["peak_memory_bytes"] < 20e9
+    names = [event.get("name", "") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert any("gemm" in name or "nvjet" in name or "cutlass" in name for name in names)
+
+
 # ---- reports
 
 
