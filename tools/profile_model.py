@@ -66,6 +66,9 @@ def main(arguments: Sequence[str], program: str) -> None:
         check_arguments(args)
         if args.largest_batch and distributed.device().type == "cpu":
             raise ConfigError("--largest-batch needs a GPU: a CPU's memory ends with the kernel killing processes")
+        for name in ("steps", "warmup"):
+            if getattr(args, name) < 0:
+                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 0")
         if args.trace and not args.steps:
             raise ConfigError(f"--trace {args.trace}: there is no step to trace: give --steps")
         step = parse(StepConfig, None, [f"model.size={args.size}", *args.overrides])

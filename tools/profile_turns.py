@@ -6,6 +6,7 @@ beginning to its end, so its peak memory is that step's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import statistics
 import sys
@@ -131,7 +132,8 @@ class Runner:
         self.close()
 
     def _ask(self, request: str, argument: Any) -> Any:
-        self._pipe.send((request, argument))
+        with contextlib.suppress(BrokenPipeError):  # its process has ended: the answer says how
+            self._pipe.send((request, argument))
         return self._answer()
 
     def _answer(self) -> Any:
