@@ -19,7 +19,7 @@ from tools.profile_train import record
 
 
 def test_record_of_a_run_takes_the_ranks_agreement_out_of_the_wait_for_data() -> None:
-    config = parse(PretrainConfig, None, ["batch.global_size=8", "batch.micro_size=4"])
+    config = parse(PretrainConfig, None, ["batch.global_size=8", "batch.micro_size=2"])
     line = {"samples_per_second": 4.0, "peak_memory_bytes": 7.0}
     for phase, seconds, communication in (("data", 0.3, 0.2), ("forward", 0.5, 0.1), ("backward", 0.9, 0.4)):
         line |= {f"seconds_per_step/{phase}": seconds, f"communication/{phase}": communication}
@@ -59,8 +59,8 @@ def test_communication_is_timed_once_and_left_as_it_was(monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_train_runs_two_ranks_from_rendered_shards(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    arguments = ["--ranks", "2", "--steps", "2", "--warmup", "1", "--clips", "8", "--json", str(out)]
-    profile_train.main([*arguments, "model.size=tiny", "batch.micro_size=4", "data.workers=0"], "train")
+    arguments = ["--ranks", "2", "--steps", "2", "--warmup", "1", "--clips", "4", "--json", str(out)]
+    profile_train.main([*arguments, "model.size=tiny", "batch.micro_size=2", "data.workers=0"], "train")
     (measured,) = json.loads(out.read_text())["measured"]
     assert (measured["what"], measured["world_size"], measured["steps"]) == ("train", 2, 2)
     assert measured["phases"]["communication"] > 0
