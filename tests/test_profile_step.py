@@ -206,6 +206,16 @@ def test_ablation_rows_save_arithmetic() -> None:
     assert flops(parts[0].dense) > flops(parts[0]) > flops(parts[1]) > flops(parts[2])
 
 
+def test_base_size_saves_at_least_what_the_paper_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    profile_ablation.main(["--tables", "parts,frames", "--steps", "0", "--json", str(out)], "ablation")
+    counted = {row["name"]: row for row in json.loads(out.read_text())["counted"]}
+    one, two = counted["1 frame"], counted["4 frames, 2 kept"]
+    assert 57.07e9 / one["forward_flops"] >= one["paper"]  # 57.07: Singularity's forward pass of a sample
+    assert two["dense_forward_flops"] / two["forward_flops"] >= two["paper"]
+    assert "4 frames, 3 kept" in capsys.readouterr().out
+
+
 def test_dense_has_nothing_sparse() -> None:
     dense = ROWS[-1].dense.of(parse(StepConfig, None, ["batch=8"]))
     assert dense.model.vision.token_counts() == [197]

@@ -232,7 +232,8 @@ def count_flops(config: ProfileConfig) -> dict[str, int]:
         seen = model.look_at(tokens, packing.first(states))
         fused = counted(flops, "multi-modal encoder", lambda: [model.fuse(states, packing, seen) for _ in range(4)])[0]
         visual = model.encode_frames(frames, noise)
-        counted(flops, "pixel decoder", lambda: model.predict_pixels(visual, frames))
+        if visual.masked_ids is not None:
+            counted(flops, "pixel decoder", lambda: model.predict_pixels(visual, frames))
         counted(flops, "vocabulary logits", lambda: model.word_logits(hidden))
         heads = [(model.vision_projection, tokens[:, 0, 0]), (model.text_projection, packing.first(states))]
         heads += [(model.match_head, packing.first(fused))] * 3
