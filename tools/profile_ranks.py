@@ -43,7 +43,7 @@ def run_ranks(ranks: int, settings: list[str], steps: int) -> None:
         process.start()
     deadline = time.monotonic() + _TIMEOUT
     try:
-        running = {process.sentinel: process for process in processes}
+        running: dict[Any, Any] = {process.sentinel: process for process in processes}
         while running and (left := deadline - time.monotonic()) > 0:
             for sentinel in wait(list(running), timeout=left):
                 if running.pop(sentinel).exitcode:  # the others wait for it in vain

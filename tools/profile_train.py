@@ -150,10 +150,10 @@ def record(
     def median(key: Callable[[dict[str, Any]], float]) -> float:
         return Spread.of([key(line) for line in lines]).median
 
-    phases = {
-        phase: median(lambda line, p=phase: line[f"seconds_per_step/{p}"] - line[f"communication/{p}"])
-        for phase in PHASES
-    }
+    def apart(phase: str) -> float:
+        return median(lambda line: line[f"seconds_per_step/{phase}"] - line[f"communication/{phase}"])
+
+    phases = {phase: apart(phase) for phase in PHASES}
     phases["communication"] = median(lambda line: sum(v for k, v in line.items() if k.startswith("communication/")))
     return {
         "what": "train",

@@ -90,7 +90,7 @@ def _config(peer: Path, frames: int) -> Any:
     return config
 
 
-def _model(peer: Path, config: Any) -> torch.nn.Module:
+def _model(peer: Path, config: Any) -> Any:
     """The checkout's pre-training model, without a hub: configurations out of the checkout, random weights."""
     _make_room_for_old_code()
     base = importlib.import_module("models.model_retrieval_base")
@@ -133,7 +133,7 @@ def _make_room_for_old_code() -> None:
     for name in ("apply_chunking_to_forward", "prune_linear_layer", "find_pruneable_heads_and_indices"):
         if not hasattr(modeling_utils, name):
             setattr(modeling_utils, name, getattr(pytorch_utils, name, absent))
-    model = modeling_utils.PreTrainedModel
+    model: Any = modeling_utils.PreTrainedModel
     if not hasattr(model, "get_head_mask"):
         model.get_head_mask = lambda self, head_mask, layers: [None] * layers  # no head is ever masked here
     if not hasattr(model, "invert_attention_mask"):
