@@ -5,7 +5,8 @@
 Each row is timed in turns with the dense model of the same number of frames (no mask, every token kept, every frame
 fused, no pixels to predict): a process each, so that a slow minute of the machine hits both. The ratio is dense seconds
 to the row's seconds, turn by turn: how many times as fast. ``batch`` is that of one frame; clips of T frames come in
-batches of batch * 2 / T, so that memory stays alike.
+batches of batch * 2 / T, so that memory stays alike. ``--steps 0`` times nothing and counts the forward FLOPs of a
+sample, its caption at full length, in seconds on any machine.
 
 Beside it stands the ratio of the paper (arXiv 2211.11446) where it is known: 83.4 GPU hours of Singularity to 50.4 for
 one frame, and 144.5 of its own dense baseline to 77.8 for four frames of which two are kept. Its other rows were not to
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from smaug_ds.config import ConfigError, parse, to_dict
 from tools.profile_machine import conditions, describe
-from tools.profile_model import peak_of, record
+from tools.profile_model import ProfileConfig, count_flops, peak_of, record
 from tools.profile_output import Bar, Report, add_arguments, check_arguments, plain, table, write
 from tools.profile_step import StepConfig
 from tools.profile_turns import Facts, Runner, Spread, take_turns
@@ -51,6 +53,10 @@ class Row:
         return dataclasses.replace(config, model=model, loss=loss, batch=batch)
 
     @property
+    def paper_told(self) -> str:
+        return "not known" if self.paper is None else f"{self.paper:.2f}"
+
+    @property
     def dense(self) -> Row:
         """What the row is held against."""
         return Row(self.table, "dense", self.frames, self.frames, mask_ratio=0.0, keep_rate=1.0)
@@ -76,6 +82,7 @@ ROWS = [
     Row("parts", "+ token sparsification (VTS)", 4, 4),
     Row("parts", "+ frame selection (FS), 2 kept", 4, 2, paper=FOUR_TO_TWO),
 ]
+MARK = "the paper's ratio, where known"
 TABLES = tuple(dict.fromkeys(row.table for row in ROWS))
 
 
@@ -84,7 +91,7 @@ def main(arguments: Sequence[str], program: str) -> None:
     parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", default=",".join(TABLES), metavar="NAMES", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="of each row and of dense beside it")
-    parser.add_argument("--steps", type=int, default=1, metavar="N", help="of a turn")
+    parser.add_argument("--steps", type=int, default=1, metavar="N", help="of a turn; 0: count only")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps that do not count")
     add_arguments(parser)
     keys = ", ".join(to_dict(StepConfig()))
@@ -96,16 +103,36 @@ def main(arguments: Sequence[str], program: str) -> None:
         for name in names:
             if name not in TABLES:
                 raise ConfigError(f"--tables names {name!r}: known are {', '.join(TABLES)}")
-        for name in ("turns", "steps"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
+        for name, least in (("turns", 1), ("steps", 0), ("warmup", 0)):
+            if getattr(args, name) < least:
+                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least {least}")
         config = parse(StepConfig, None, args.overrides)
         told = conditions(to_dict(config))
         print(describe(told), flush=True)
-        report = ablate(config, [row for row in ROWS if row.table in names], args, told)
+        rows = [row for row in ROWS if row.table in names]
+        report = ablate(config, rows, args, told) if args.steps else count(config, rows, told)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     write(report, args)
+
+
+def count(config: StepConfig, rows: Sequence[Row], told: dict[str, Any]) -> Report:
+    """Counts the rows and prints the table."""
+    shown, bars, counted = [["", "forward GFLOPs", "dense", "dense to row", "the paper's"]], [], []
+    for row in rows:
+        own, dense = (forward_flops(step) for step in (row.of(config), row.dense.of(config)))
+        ratio = dense / own
+        shown.append([row.name, f"{own / 1e9:.1f}", f"{dense / 1e9:.1f}", f"{ratio:.2f}", row.paper_told])
+        bars.append(Bar(row.name, ratio, f"{ratio:.2f}", row.paper))
+        counted.append({**plain(row), "forward_flops": own, "dense_forward_flops": dense})
+    print(table(shown))
+    return Report(told, "ablation", "forward FLOPs, dense to row", MARK, bars, further={"counted": counted})
+
+
+@functools.cache
+def forward_flops(config: StepConfig) -> int:
+    """Of one sample, its caption at full length."""
+    return sum(count_flops(ProfileConfig(config.whole_model, config.loss.mlm_probability)).values())
 
 
 @dataclass(frozen=True)
@@ -119,25 +146,24 @@ class Result:
     memory: float  # of the row to dense
     measured: dict[str, Any]
 
-    @property
-    def paper(self) -> str:
-        return "not known" if self.row.paper is None else f"{self.row.paper:.2f}"
-
 
 def ablate(config: StepConfig, rows: Sequence[Row], args: argparse.Namespace, told: dict[str, Any]) -> Report:
-    """Times the rows and prints the table. The dense model of a number of frames stays open for all its rows."""
-    peak, results = peak_of(config), []
+    """Times the rows and prints the table. The dense model of a number of frames stays open for all its rows; a row
+    that stands in two tables is timed once."""
+    peak, known = peak_of(config), dict[StepConfig, Result]()
     for frames in dict.fromkeys(row.frames for row in rows):
         group = [row for row in rows if row.frames == frames]
         with Runner("dense", group[0].dense.of(config), args.warmup) as dense:
-            results += [_against(dense, row, row.of(config), args, peak) for row in group]
-    results.sort(key=lambda result: rows.index(result.row))
+            for row in group:
+                step = row.of(config)
+                if step not in known:
+                    known[step] = _against(dense, row, step, args, peak)
+    results = [dataclasses.replace(known[row.of(config)], row=row) for row in rows]
     print(_table(results))
     bars = [
         Bar(f"{result.row.name}", result.ratio.median, f"{result.ratio.median:.2f}", result.row.paper)
         for result in results
     ]
-    mark = "the paper's ratio, where known" if any(result.row.paper for result in results) else ""
     further = {
         "rows": [
             {**plain(result.row), "ratio": plain(result.ratio), "flops_ratio": result.flops, "memory": result.memory}
@@ -145,7 +171,7 @@ def ablate(config: StepConfig, rows: Sequence[Row], args: argparse.Namespace, to
         ]
     }
     measured = [result.measured for result in results]
-    return Report(told, "ablation", "times as fast as the dense model", mark, bars, measured, further)
+    return Report(told, "ablation", "times as fast as the dense model", MARK, bars, measured, further)
 
 
 def _against(dense: Runner, row: Row, config: StepConfig, args: argparse.Namespace, peak: float) -> Result:
@@ -172,7 +198,7 @@ def _table(results: Sequence[Result]) -> str:
                 str(result.config.batch),
                 f"{seconds:.3f}",
                 result.ratio.text(2),
-                result.paper,
+                result.row.paper_told,
                 f"{result.flops:.2f}",
                 f"{result.memory:.0%}",
             ]

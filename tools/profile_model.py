@@ -8,6 +8,7 @@ flop counter on tensors without storage: nothing is computed, so base size takes
 
 ``--steps`` then times forward, backward and AdamW on random data in a fresh process: seconds, samples/s, peak memory,
 the operations really executed, and their share of the fastest matrix product of this machine (MFU).
+``--largest-batch`` first finds the largest batch that fits onto the GPU, and takes it for ``--steps``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from tools.profile_machine import conditions, describe, matrix_peak
 from tools.profile_output import Bar, Report, add_arguments, check_arguments, write
 from tools.profile_step import StepConfig
-from tools.profile_turns import Facts, Runner, Timing
+from tools.profile_turns import Facts, OutOfMemoryError, Runner, Timing
 
 # Forward GFLOPs of one single-frame sample at base size: as planned, and of Singularity, which masks nothing.
 PLANNED = {
@@ -56,12 +57,18 @@ def main(arguments: Sequence[str], program: str) -> None:
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="time so many whole steps")
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them that do not count")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a torch profiler trace (.json) of two steps")
+    parser.add_argument("--largest-batch", action="store_true", help="find the largest batch that a GPU holds")
     add_arguments(parser)
     keys = ", ".join(to_dict(StepConfig()))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"of {keys} (as model.frames=4)")
     args = parser.parse_intermixed_args(arguments)
     try:
         check_arguments(args)
+        if args.largest_batch and distributed.device().type == "cpu":
+            raise ConfigError("--largest-batch needs a GPU: a CPU's memory ends with the kernel killing processes")
+        for name in ("steps", "warmup"):
+            if getattr(args, name) < 0:
+                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 0")
         if args.trace and not args.steps:
             raise ConfigError(f"--trace {args.trace}: there is no step to trace: give --steps")
         step = parse(StepConfig, None, [f"model.size={args.size}", *args.overrides])
@@ -69,7 +76,11 @@ def main(arguments: Sequence[str], program: str) -> None:
         told = conditions(to_dict(step))
         parameters, flops = count_parameters(config.model), count_flops(config)
         print_table(config, parameters, flops)
-        further = {"parameters": parameters, "forward_flops": flops}
+        further: dict[str, Any] = {"parameters": parameters, "forward_flops": flops}
+        if args.largest_batch:
+            step = dataclasses.replace(step, batch=largest(lambda batch: fits(step, batch), step.batch))
+            further["largest_batch"] = step.batch
+            print(f"\nlargest batch: {step.batch}", flush=True)
         if args.steps:
             report = time_steps(step, args.steps, args.warmup, args.trace, told)
             report.further = further
@@ -95,6 +106,34 @@ def time_steps(config: StepConfig, steps: int, warmup: int, trace: Path | None, 
     seconds = runner.timing.seconds
     bars = [Bar("whole step", seconds.median, f"{seconds.text(3)} s"), *phases]
     return Report(told, f"{config.model.size} model, batch {config.batch}", "seconds a step", "", bars, [measured])
+
+
+def largest(fits: Callable[[int], bool], start: int) -> int:
+    """The largest number that ``fits``, to within a sixteenth: doubled or halved from ``start`` on, then bisected.
+
+    Raises ConfigError when not even 1 fits.
+    """
+    low, high = (start, 2 * start) if fits(start) else (start // 2, start)
+    while low == high // 2 and low >= start and fits(high):
+        low, high = high, 2 * high
+    while low and low < start and not fits(low):
+        low, high = low // 2, low
+    if not low:
+        raise ConfigError("batch: not even 1 fits: take checkpointing (model.vision.checkpoint_every) or fewer frames")
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def fits(config: StepConfig, batch: int) -> bool:
+    """Whether steps of this batch go through in a fresh process."""
+    try:
+        with Runner(f"batch {batch}", dataclasses.replace(config, batch=batch, batches=1), 0) as runner:
+            runner.turn(1)
+    except OutOfMemoryError:
+        return False
+    return True
 
 
 def peak_of(config: StepConfig) -> float:
@@ -193,7 +232,8 @@ def count_flops(config: ProfileConfig) -> dict[str, int]:
         seen = model.look_at(tokens, packing.first(states))
         fused = counted(flops, "multi-modal encoder", lambda: [model.fuse(states, packing, seen) for _ in range(4)])[0]
         visual = model.encode_frames(frames, noise)
-        counted(flops, "pixel decoder", lambda: model.predict_pixels(visual, frames))
+        if visual.masked_ids is not None:
+            counted(flops, "pixel decoder", lambda: model.predict_pixels(visual, frames))
         counted(flops, "vocabulary logits", lambda: model.word_logits(hidden))
         heads = [(model.vision_projection, tokens[:, 0, 0]), (model.text_projection, packing.first(states))]
         heads += [(model.match_head, packing.first(fused))] * 3

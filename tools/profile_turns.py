@@ -6,6 +6,7 @@ beginning to its end, so its peak memory is that step's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import statistics
 import sys
@@ -85,6 +86,10 @@ class External:
     dtype: str
 
 
+class OutOfMemoryError(ConfigError):
+    """The step does not fit onto the device."""
+
+
 class Runner:
     """A step in a fresh process. Raises ConfigError when it cannot be made there, with the reason in one line."""
 
@@ -127,7 +132,8 @@ class Runner:
         self.close()
 
     def _ask(self, request: str, argument: Any) -> Any:
-        self._pipe.send((request, argument))
+        with contextlib.suppress(BrokenPipeError):  # its process has ended: the answer says how
+            self._pipe.send((request, argument))
         return self._answer()
 
     def _answer(self) -> Any:
@@ -136,13 +142,11 @@ class Runner:
         except (EOFError, ConnectionResetError):
             self._process.join(timeout=30)
             code = self._process.exitcode
-            raise ConfigError(
-                f"{self.name}: its process ended with code {code}"
-                + (": out of memory? Lower batch" if code == -9 else "; see above")
-            ) from None
-        if kind == "error":
+            told = "killed, which is what happens when memory runs out: lower batch" if code == -9 else "see above"
+            raise ConfigError(f"{self.name}: its process ended with code {code}; {told}") from None
+        if kind in ("error", "memory"):
             self.close()
-            raise ConfigError(f"{self.name}: {content}")
+            raise (ConfigError if kind == "error" else OutOfMemoryError)(f"{self.name}: {content}")
         return content
 
 
@@ -254,7 +258,7 @@ def _serve(pipe: Connection, what: StepConfig | External, warmup: int) -> None:
     except ValueError as error:  # what a setting can mend; ConfigError is one
         pipe.send(("error", " ".join(str(error).split())))
     except torch.OutOfMemoryError as error:
-        pipe.send(("error", f"out of memory: lower batch ({str(error).splitlines()[0]})"))
+        pipe.send(("memory", f"out of memory: lower batch ({str(error).splitlines()[0]})"))
     except BaseException:  # of foreign code, whatever it is: told, and the process ends
         traceback.print_exc()
         raise SystemExit(1) from None

@@ -46,6 +46,7 @@ def make_step(batch: int, frames: int, dtype: str) -> Callable[[], torch.Tensor]
     config = _config(peer, frames)
     torch.manual_seed(0)
     model = _model(peer, config).to(device).train()
+    _draw_on(device, model)
     optimizer = importlib.import_module("utils.optimizer").create_optimizer(config.optimizer, model)
 
     tokens = int(os.environ.get("SINGULARITY_TOKENS", config.max_txt_l.video))
@@ -89,7 +90,7 @@ def _config(peer: Path, frames: int) -> Any:
     return config
 
 
-def _model(peer: Path, config: Any) -> torch.nn.Module:
+def _model(peer: Path, config: Any) -> Any:
     """The checkout's pre-training model, without a hub: configurations out of the checkout, random weights."""
     _make_room_for_old_code()
     base = importlib.import_module("models.model_retrieval_base")
@@ -110,6 +111,18 @@ def _model(peer: Path, config: Any) -> torch.nn.Module:
     return model
 
 
+def _draw_on(device: torch.device, model: Any) -> None:
+    """On a GPU, draws the masked words there: the checkout draws them on the CPU, and newer torch refuses to mix."""
+    original = model.mask
+
+    def mask(*args: Any, probability_matrix: torch.Tensor, **kwargs: Any) -> Any:
+        with device:
+            return original(*args, probability_matrix=probability_matrix.to(device), **kwargs)
+
+    if device.type == "cuda":
+        model.mask = mask
+
+
 def _make_room_for_old_code() -> None:
     """Gives the installed transformers the names that code for 4.15 imports or calls."""
     from transformers import modeling_utils, pytorch_utils
@@ -120,7 +133,7 @@ def _make_room_for_old_code() -> None:
     for name in ("apply_chunking_to_forward", "prune_linear_layer", "find_pruneable_heads_and_indices"):
         if not hasattr(modeling_utils, name):
             setattr(modeling_utils, name, getattr(pytorch_utils, name, absent))
-    model = modeling_utils.PreTrainedModel
+    model: Any = modeling_utils.PreTrainedModel
     if not hasattr(model, "get_head_mask"):
         model.get_head_mask = lambda self, head_mask, layers: [None] * layers  # no head is ever masked here
     if not hasattr(model, "invert_attention_mask"):

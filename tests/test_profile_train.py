@@ -1,0 +1,83 @@
+"""The profiler of a real run: the arithmetic of its record, the timing of collectives, and two ranks of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from smaug_ds.config import parse
+from smaug_ds.engine.train import PretrainConfig
+from tests.test_profile_step import CONTRACT
+from tools import profile_train
+from tools.profile_ranks import watched_communication
+from tools.profile_train import record
+
+
+def test_record_of_a_run_takes_the_ranks_agreement_out_of_the_wait_for_data() -> None:
+    config = parse(PretrainConfig, None, ["batch.global_size=8", "batch.micro_size=2"])
+    line = {"samples_per_second": 4.0, "peak_memory_bytes": 7.0}
+    for phase, seconds, communication in (("data", 0.3, 0.2), ("forward", 0.5, 0.1), ("backward", 0.9, 0.4)):
+        line |= {f"seconds_per_step/{phase}": seconds, f"communication/{phase}": communication}
+    line |= {"seconds_per_step/step": 0.2, "communication/step": 0.0}
+    measured = record(config, [line] * 3, 2, "bf16", 12.0)
+    assert set(measured) >= CONTRACT
+    assert measured["seconds_per_step"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert measured["phases"] == pytest.approx(
+        {"data": 0.1, "forward": 0.4, "backward": 0.5, "step": 0.2, "communication": 0.7}
+    )
+    assert measured["share_waiting_for_data"] == pytest.approx(0.05)
+    assert "waits for data 5.0% of a step" in profile_train.tell(measured)
+
+
+def test_communication_is_timed_once_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any, **__: Any) -> None:
+        time.sleep(0.02)
+
+    def of_two() -> None:
+        dist.broadcast(None)
+        dist.broadcast(None)
+
+    monkeypatch.setattr(dist, "broadcast", slow)
+    monkeypatch.setattr(dist, "all_reduce", of_two)
+    with watched_communication() as spent:
+        dist.all_reduce()
+        assert 0.04 <= spent() < 0.08
+        before = spent()
+        with pytest.raises(TypeError):
+            dist.all_reduce(1)
+        dist.broadcast(None)
+        assert spent() - before >= 0.02
+    assert dist.broadcast is slow
+    assert dist.all_reduce is of_two
+
+
+@pytest.mark.slow
+def test_train_runs_two_ranks_from_rendered_shards(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    arguments = ["--ranks", "2", "--steps", "2", "--warmup", "1", "--clips", "4", "--json", str(out)]
+    profile_train.main([*arguments, "model.size=tiny", "batch.micro_size=2", "data.workers=0"], "train")
+    (measured,) = json.loads(out.read_text())["measured"]
+    assert (measured["what"], measured["world_size"], measured["steps"]) == ("train", 2, 2)
+    assert measured["phases"]["communication"] > 0
+    assert 10 <= measured["caption_tokens_mean"] <= 18
+    assert sum(measured["phases"].values()) == pytest.approx(measured["seconds_per_step"]["median"], rel=0.25)
+    assert "error" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--ranks", "0"], "--ranks is 0"),
+        (["run.max_steps=3"], "run.max_steps cannot be set here"),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
+        (["--ranks", "2", "batch.global_size=9"], "batch.global_size is 9, not a multiple of 16"),
+    ],
+)
+def test_wrong_settings_of_a_run_are_one_line(arguments: list[str], expected: str) -> None:
+    with pytest.raises(SystemExit, match=f"^error: {expected}"):
+        profile_train.main(arguments, "train")
