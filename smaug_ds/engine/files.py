@@ -195,6 +195,15 @@ def retain(folder: Path, step: int, retention: Retention) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)  # what stays is tried again after the next save
 
 
+def clear(folder: Path) -> None:
+    """Removes what is not finished."""
+    for stale in folder.glob(f"{ASIDE}*"):
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)
+
+
 def step_numbers(folder: Path) -> list[int]:
     """Numbers of the checkpoints of ``folder``; what else lies there, such as a copy ``step_6_best``, is the user's."""
     names = (re.fullmatch(r"step_(0|[1-9]\d*)", path.name) for path in folder.glob("step_*"))

@@ -198,8 +198,8 @@ class Saver:
         """Removes what broken saves have left, and makes the folder aside; returns what went wrong with that."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for stale in [*self._folder.glob(f"{ASIDE}*"), save.final]:
-                shutil.rmtree(stale, ignore_errors=True)
+            on_disk.clear(self._folder)
+            shutil.rmtree(save.final, ignore_errors=True)
             save.aside.mkdir()
             save.free = shutil.disk_usage(self._folder).free
         except OSError as error:
@@ -231,7 +231,7 @@ class Saver:
         self._under_way = None
         self._host.release()
         if distributed.is_main():
-            shutil.rmtree(save.aside, ignore_errors=True)
+            on_disk.clear(self._folder)
             if on_disk.read_pointer(self._folder) != save.final.name:
                 shutil.rmtree(save.final, ignore_errors=True)
         room = f"{save.needed / 1e6:.1f} MB needed, {save.free / 1e6:.1f} MB free when it began"
