@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -174,3 +175,26 @@ def test_a_rank_that_is_slow_for_a_while_costs_time_alone(
         time.sleep(0.3)
     assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
     assert_equal_runs(whole, folder)
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_its_best_checkpoint_is_there(
+    forks: Forks, toy_shards: Path, toy_media: Path, tmp_path: Path
+) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    more = ("run.max_steps=7", "run.evaluate_every=3", "run.keep_best=t2v_r5", "run.keep_checkpoints=1")
+    own = [*arguments(toy_shards, toy_media, folder, *more), f"data.test=[{toy_shards / 'test'}]"]
+    ranks = forks.start(RANKS, own, log)
+    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+    best = json.loads((folder / "checkpoints" / "best.json").read_text())
+    assert best["metric"] == "t2v_r5" and best["step"] in (3, 6, 7)
+    state = checkpoint.read_state(folder / "checkpoints" / best["checkpoint"])
+    assert state["step"] == best["step"]
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    assert kept == sorted({"step_7", best["checkpoint"]})
+    costs = [json.loads(line) for line in (folder / "checkpoints.jsonl").read_text().splitlines()]
+    assert [cost["step"] for cost in costs][-1] == 7 and {2, 4, 6} < {cost["step"] for cost in costs}
+    assert all(0 < cost["blocking_seconds"] <= cost["total_seconds"] and cost["bytes"] > 1e6 for cost in costs)
+    ranks = forks.start(RANKS, own, log)
+    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+    assert f"{folder} is finished, all 7 steps: to go on raise run.max_steps or optim.epochs" in log.read_text()

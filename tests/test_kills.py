@@ -20,7 +20,7 @@ import torch
 
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.preempt import EXIT_CODE
-from tests.cluster.runs import await_step, end, figures, launch_local, logs
+from tests.cluster.runs import end, figures, launch_local, logs
 from tests.cluster.runs import finish as finish_script
 from tests.forked import PATIENCE, Forks
 from tests.launching import settings
@@ -129,29 +129,40 @@ def test_whatever_is_killed_goes_on_bit_for_bit(
 def test_a_script_that_is_told_to_stop_at_any_moment_goes_on_bit_for_bit(
     whole: Path, toy_shards: Path, toy_media: Path, tmp_path: Path
 ) -> None:
-    draw, expected, folder = random.Random(3), figures(whole), tmp_path / "run"
-    own = [text for text in arguments(toy_shards, toy_media, folder) if not text.startswith("run.folder=")]
-    stops = saved = 0
-    code = EXIT_CODE
-    while code:
-        process = launch_local(folder, own, PREFLIGHT="0")
-        try:
-            if stops < LAUNCHER_KILLS:
-                stops += 1
-                before = len(logged(folder))
-                if draw.random() < 0.8:
-                    await_step(folder, before + draw.randint(0, 2), alive=lambda p=process: p.poll() is None)
-                time.sleep(draw.uniform(0, 1))
-                process.send_signal(signal.SIGTERM)
-                output, _ = process.communicate(timeout=PATIENCE)
-                code = process.returncode
-                assert code == EXIT_CODE, f"{output}\n{logs(folder)}"
-                saved += "saved after step" in output
-            else:
-                output, code = finish_script(process, folder), 0
-        finally:
-            end(process)
-        lines = figures(folder) if (folder / "metrics.jsonl").exists() else []
-        assert lines == expected[: len(lines)]
-    print(f"{stops} signals to the launch script: {saved} told of a checkpoint")
-    assert stops == LAUNCHER_KILLS and figures(folder) == expected
+    draw, expected = random.Random(3), figures(whole)
+    stops = saved = runs = 0
+    while stops < LAUNCHER_KILLS:
+        runs += 1
+        folder, code = tmp_path / f"run_{runs}", EXIT_CODE
+        own = [text for text in arguments(toy_shards, toy_media, folder) if not text.startswith("run.folder=")]
+        while code:
+            earlier = set(folder.glob("logs/*/*_rank0.log"))
+
+            def steps(folder: Path = folder, earlier: set[Path] = earlier) -> int:
+                """That this start has logged."""
+                return sum(p.read_text().count("\nstep ") for p in {*folder.glob("logs/*/*_rank0.log")} - earlier)
+
+            process = launch_local(folder, own, PREFLIGHT="0")
+            try:
+                if stops < LAUNCHER_KILLS:
+                    deadline, wanted = time.monotonic() + PATIENCE, draw.randint(0, 3)
+                    while steps() < wanted and process.poll() is None:
+                        assert time.monotonic() < deadline, logs(folder)
+                        time.sleep(0.01)
+                    time.sleep(draw.uniform(0, 1))
+                    process.send_signal(signal.SIGTERM)
+                    output, _ = process.communicate(timeout=PATIENCE)
+                    code = process.returncode
+                    # Finished already; killed before the script listened.
+                    assert code in (EXIT_CODE, 0, -signal.SIGTERM), f"{output}\n{logs(folder)}"
+                    stops += code != 0
+                    saved += "saved after step" in output
+                else:
+                    finish_script(process, folder)
+                    code = 0
+            finally:
+                end(process)
+            lines = figures(folder) if (folder / "metrics.jsonl").exists() else []
+            assert lines == expected[: len(lines)]
+        assert figures(folder) == expected
+    print(f"{stops} signals to the launch script: {saved} saved, {runs} runs")
