@@ -129,6 +129,16 @@ def test_without_a_copy_the_live_tensors_are_handed_on(tmp_path: Path) -> None:
     assert host.files["engine/states.pt"]["w"] is weight
 
 
+@pytest.mark.gpu
+def test_tensors_of_a_gpu_are_copied_into_pinned_memory(tmp_path: Path) -> None:
+    weight, host = torch.arange(1e6, device="cuda"), HostCopy(copies=True)
+    host.take(Holder({"w": weight, "part": weight[5:9].half()}), tmp_path, "rank_0.pt", {}, None)
+    weight.zero_()
+    taken = host.files["engine/states.pt"]
+    assert taken["w"].is_pinned() and torch.equal(taken["w"], torch.arange(1e6))
+    assert taken["part"].tolist() == [5, 6, 7, 8]
+
+
 # ---- no room
 
 
