@@ -190,12 +190,17 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
     stop.clear()
     saved = saver.latest == f"step_{steps}"
     if steps < schedule.total_steps:
-        told = f"saved after step {steps}" if saved else f"step {steps} is not saved, the latest is {saver.latest}"
+        told = (
+            f"saved after step {steps}"
+            if saved
+            else f"step {steps} is not saved, the latest is {saver.latest or 'none'}"
+        )
         say(f"told to stop: {told} of {schedule.total_steps}, start it again to go on")
         monitor.close()
         return EXIT_CODE
     if not saved:
-        raise SaveError(f"{folder}: done, but the last checkpoint is {saver.latest}: make room and start it again")
+        latest_one = saver.latest or "none"
+        raise SaveError(f"{folder}: done, but the last checkpoint is {latest_one}: make room and start it again")
 
     # ---- what came of it
     failures = quarantined()
