@@ -30,6 +30,7 @@ while [ $# -gt 0 ]; do
 done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source jobs/functions.sh # how ranks are told to stop
 source jobs/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 began=(--started "$(date +%s)")
@@ -47,7 +48,7 @@ corpus=(); while IFS= read -r line; do corpus+=("$line"); done < "$out/corpus.ar
 
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 launch() { # stage, further key=value: starts or resumes it under the launcher, unless it is finished
-    local stage=$1 settings
+    local stage=$1 settings code=0
     shift
     settings=$(cat "jobs/experiments/quickstart_$stage.yaml"; printf '%s\n' "${corpus[@]}" "$@" "${overrides[@]}")
     if [ -f "$out/$stage/summary.json" ] && [ "$(cat "$out/$stage/finished.with" 2>/dev/null)" = "$settings" ]; then
@@ -55,9 +56,15 @@ launch() { # stage, further key=value: starts or resumes it under the launcher, 
         began=() # the report then adds up what the stages took
         return
     fi
-    deepspeed --log_level error --num_gpus "$ranks" --master_port "$port" --module smaug_ds.pretrain \
+    RUN=$(realpath -m "$out/$stage")
+    mkdir -p "$RUN"
+    rm -f "$RUN/stop"
+    trap ask_to_stop TERM INT USR1
+    follow setsid deepspeed --log_level error --num_gpus "$ranks" --master_port "$port" --module smaug_ds.pretrain \
         --config "jobs/experiments/quickstart_$stage.yaml" run.folder="$out/$stage" \
-        "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}"
+        "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}" || code=$?
+    trap - TERM INT USR1
+    [ $code = 0 ] || { [ $code != 85 ] || echo "== stopped and saved: the same command goes on from there"; exit $code; }
     printf '%s\n' "$settings" > "$out/$stage/finished.with"
 }
 

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from smaug_ds.config import ConfigError
+
 SECONDS_TO_SPEAK = 5.0  # that the ranks of a host may differ in starting up
 
 
@@ -52,6 +54,8 @@ def init(timeout_seconds: float, store: dist.Store | None = None) -> None:
 
     NCCL for tensors on GPUs, gloo for those on the CPU. A collective that waits longer than ``timeout_seconds`` raises,
     so that a rank that died or stopped ends the run instead of hanging it.
+
+    Raises ConfigError on rank 0 when another process listens at MASTER_PORT.
     """
     timeout = timedelta(seconds=timeout_seconds)
     where = device()
@@ -61,9 +65,15 @@ def init(timeout_seconds: float, store: dist.Store | None = None) -> None:
     backend, device_id = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(
-            backend, timeout=timeout, store=store, rank=number, world_size=size, device_id=device_id
-        )
+        try:
+            dist.init_process_group(
+                backend, timeout=timeout, store=store, rank=number, world_size=size, device_id=device_id
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            where_to = f"MASTER_PORT {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']}"
+            raise ConfigError(f"{where_to} is taken by another process: give another one") from error
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         store = dist.HashStore()

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
+from smaug_ds.data.order import slots
+from smaug_ds.engine import checkpoint, elastic
+from smaug_ds.engine.deepspeed import build_engine
 from smaug_ds.engine.elastic import merge_rank_states
 from smaug_ds.engine.monitor import Meters
+from smaug_ds.engine.optim import OptimConfig
+from smaug_ds.engine.preempt import EXIT_CODE
 from smaug_ds.engine.resume import require_pool
+from tests.forked import Forks
+from tests.launching import settings
 from tests.ranks import run_ranks
-from tests.standin import Standin, write_json
+from tests.standin import CPU_JSON, Standin, batch_of, write_json
 from tests.test_train import TOTAL, figures, run
 
 # Steps are logged in threes, so that 2 -> 1 and 4 -> 2 happen while the meters of a window are half full.
@@ -52,8 +61,96 @@ def test_other_numbers_of_ranks_change_nothing(stage: str, tmp_path: Path) -> No
             np.testing.assert_allclose(value, result["weights"][name], err_msg=name, **tolerance)
 
 
-def test_meters_of_other_ranks_give_the_same_means() -> None:
+def keys_by_step(path: Path, ranks: int) -> dict[int, list[str]]:
+    """The sample keys of each global batch, in its order."""
+    parts: dict[int, list[list[str]]] = {}
+    for lines in zip(*(Path(f"{path}.{rank}").read_text().splitlines() for rank in range(ranks)), strict=True):
+        told = [json.loads(line) for line in lines]
+        assert len({(step, medium) for step, medium, _ in told}) == 1
+        parts.setdefault(told[0][0], []).append([key for _, _, keys in told for key in keys])
+    return {step: [key for micro in micros for key in micro] for step, micros in parts.items()}
 
+
+@pytest.mark.slow
+def test_a_real_run_goes_on_at_other_numbers_of_ranks(toy_shards: Path, toy_media: Path, tmp_path: Path) -> None:
+    """2 -> 1 -> 4 -> 2 ranks in the middle of epochs of six steps: the same samples in the same order, the same rates.
+
+    Without dropout the losses differ by rounding alone; the samples' own draws (masks, crops, negatives) stay.
+    """
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def arguments(folder: Path, ranks: int) -> list[str]:
+        own = [f"batch.micro_size={8 // ranks}", "run.max_steps=16", "run.save_every=0", "run.picture_every=0"]
+        return [*settings(toy_shards, toy_media, folder), *own, "model.text.dropout=0", "data.test=[]"]
+
+    with Forks() as forks:
+
+        def part(folder: Path, ranks: int, last: int, code: int) -> dict[int, list[str]]:
+            log, keys = tmp_path / "log", tmp_path / f"{folder.name}_{last}"
+            pids = forks.start(ranks, arguments(folder, ranks), log, keys=str(keys), stop=[last, str(folder / "stop")])
+            assert [forks.wait(pid) for pid in pids] == [code] * ranks, log.read_text()
+            return keys_by_step(keys, ranks)
+
+        expected = part(whole, 2, -1, 0)
+        seen: dict[int, list[str]] = {}
+        for ranks, last in ((2, 4), (1, 8), (4, 11), (2, 16)):
+            steps = part(parts, ranks, last, EXIT_CODE if last < 16 else 0)
+            assert list(steps) == list(range(len(seen), last))
+            seen |= steps
+    assert seen == expected and len({key for keys in seen.values() for key in keys}) == 96
+    lines, others = figures(parts), figures(whole)
+    assert [line["lr"] for line in lines] == [line["lr"] for line in others] and len(lines) == 16
+    for line, other in zip(lines, others, strict=True):
+        assert line.keys() == other.keys()
+        np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=1e-3, err_msg=str(line["step"]))
+
+
+def before_the_first_step(folder: str, ranks: int) -> dict[str, np.ndarray]:
+    """A checkpoint of 2 ranks whose optimizer has not stepped, and one step from it."""
+    module = Standin()
+    engine = build_engine(module, CPU_JSON, OptimConfig(lr=0.01), lambda step: 1.0, 4 // ranks, 1)
+    if ranks == 2:
+        checkpoint.save(engine, Path(folder), 1, {}, {"meters": Meters().state_dict(), "budget": []}, module, {}, 1)
+    else:
+        for value in module.parameters():
+            value.data.add_(1.0)
+        assert checkpoint.restore(engine, Path(folder) / "step_1")["budget"] == []
+    own = slots(0, distributed.rank(), ranks, 4 // ranks)
+    engine.backward(engine(batch_of(0, "video", own))["loss"])
+    engine.step()
+    return {name: value.detach().float().numpy() for name, value in module.state_dict().items()}
+
+
+def test_an_optimizer_that_never_stepped_has_no_moments_to_divide(tmp_path: Path) -> None:
+    """As when fp16's loss scaler has skipped every step so far."""
+    expected = run_ranks(before_the_first_step, 2, str(tmp_path), 2)[0]
+    found = run_ranks(before_the_first_step, 1, str(tmp_path), 1)[0]
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_loss_scale_of_fp16_goes_on(tmp_path: Path) -> None:
+    scaler = DynamicLossScaler(2.0**16, 7, 1.0, delayed_shift=2, consecutive_hysteresis=False)
+    for overflow in (False, True, True):
+        scaler.update_scale(overflow)
+    states = {"optimizer_state_dict": {"loss_scaler": scaler}}
+    for rank in range(2):
+        torch.save(states, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    found = elastic._read_loss_scaler(tmp_path)
+    assert vars(found) == vars(scaler) and found.cur_scale == 2.0**15
+
+
+@pytest.mark.parametrize(("fused", "kind"), [(True, torch.Tensor), (False, torch.Tensor), (None, int)])
+def test_the_number_of_steps_is_kept_as_each_adamw_keeps_it(fused: bool | None, kind: type) -> None:
+    """DeepSpeed's own AdamW has a plain number."""
+    part = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([part]) if fused is None else torch.optim.AdamW([part], fused=fused)
+    steps = torch.tensor(3.0)
+    kept = elastic._as_kept(steps, optimizer, part)
+    assert type(kept) is kind and kept == 3 and kept is not steps
+
+
+def test_meters_of_other_ranks_give_the_same_means() -> None:
     states = []
     for rank in range(3):
         meters = Meters()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from smaug_ds.engine.files import (
     point_to,
     read_pointer,
     step_numbers,
+    step_of,
 )
 from smaug_ds.engine.saving import code_version, random_state, save
 
@@ -195,8 +195,7 @@ def _candidates(folder: Path) -> list[str]:
     numbers = sorted(step_numbers(folder), reverse=True)
     if not named:
         return [f"step_{number}" for number in numbers]
-    step = re.fullmatch(r"step_(\d+)", named)
-    return [named, *(f"step_{number}" for number in numbers if step and number < int(step[1]))]
+    return [named, *(f"step_{number}" for number in numbers if number < step_of(named))]
 
 
 def describe_all(folder: Path) -> dict[str, dict[str, Any]]:

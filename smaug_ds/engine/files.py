@@ -12,6 +12,7 @@ RUN/checkpoints/step_120/manifest.json     size and SHA-256 of every other file
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -195,10 +196,25 @@ def retain(folder: Path, step: int, retention: Retention) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)  # what stays is tried again after the next save
 
 
+def clear(folder: Path) -> None:
+    """Removes what is not finished."""
+    for stale in folder.glob(f"{ASIDE}*"):
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                stale.unlink()
+
+
 def step_numbers(folder: Path) -> list[int]:
     """Numbers of the checkpoints of ``folder``; what else lies there, such as a copy ``step_6_best``, is the user's."""
-    names = (re.fullmatch(r"step_(0|[1-9]\d*)", path.name) for path in folder.glob("step_*"))
-    return sorted(int(name[1]) for name in names if name)
+    return sorted(number for path in folder.glob("step_*") if (number := step_of(path.name)) >= 0)
+
+
+def step_of(name: str | None) -> int:
+    """The number in a checkpoint's name, -1 if it is none."""
+    number = re.fullmatch(r"step_(0|[1-9]\d*)", name or "")
+    return int(number[1]) if number else -1
 
 
 def sync_folder(folder: Path) -> None:

@@ -188,14 +188,14 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
             raise
         saver.finish()
     stop.clear()
-    saved = saver.latest == f"step_{steps}"
+    saved, newest = saver.latest == f"step_{steps}", saver.latest or "none"
     if steps < schedule.total_steps:
-        told = f"saved after step {steps}" if saved else f"step {steps} is not saved, the latest is {saver.latest}"
-        say(f"told to stop: {told} of {schedule.total_steps}, start it again to go on")
+        told = "saved after" if saved else f"not saved, the latest checkpoint is {newest}; after"
+        say(f"told to stop: {told} step {steps} of {schedule.total_steps}, start it again to go on")
         monitor.close()
         return EXIT_CODE
     if not saved:
-        raise SaveError(f"{folder}: done, but the last checkpoint is {saver.latest}: make room and start it again")
+        raise SaveError(f"{folder}: done, but the last checkpoint is {newest}: make room and start it again")
 
     # ---- what came of it
     failures = quarantined()

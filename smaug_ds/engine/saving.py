@@ -27,7 +27,7 @@ import smaug_ds
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.engine import files as on_disk
-from smaug_ds.engine.files import ARCHITECTURE, ASIDE, STATE, WEIGHTS, Retention, as_json
+from smaug_ds.engine.files import ARCHITECTURE, ASIDE, STATE, WEIGHTS, Retention, as_json, step_of
 from smaug_ds.engine.snapshot import HostCopy
 
 _POLL_SECONDS = 0.02
@@ -93,12 +93,13 @@ class Saver:
         self._host = HostCopy(copies=background)
         self._version = code_version() if distributed.is_main() else {}
         self._under_way: _UnderWay | None = None
-        pointer, best = distributed.gather_objects((on_disk.read_pointer(folder), on_disk.read_best(folder)))[0]
-        self.latest: str | None = pointer  # name of the checkpoint that a run goes on from
+        self.latest: str | None  # name of the checkpoint that a run goes on from
+        self._best: dict[str, Any] | None
+        self.latest, best = distributed.gather_objects((on_disk.read_pointer(folder), on_disk.read_best(folder)))[0]
         self._keep_best = keep_best
-        # A best one that a run went back behind comes again.
-        later = best and pointer and best["step"] > int(pointer.removeprefix("step_"))
-        self._best: dict[str, Any] | None = None if later or (best and best["metric"] != keep_best) else best
+        # One that the run went back behind comes again.
+        reached = best and (self.latest == best["checkpoint"] or step_of(self.latest) > best["step"])
+        self._best = best if reached and best["metric"] == keep_best else None
         self._better: dict[str, Any] | None = None  # the best one, if it is not saved yet
 
     def begin(self, step: int, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
@@ -190,7 +191,10 @@ class Saver:
         if self.latest == f"step_{step}":
             self._best = self._better
             if distributed.is_main():
-                on_disk.replace_text(self._folder / on_disk.BEST, as_json(self._best))
+                try:
+                    on_disk.replace_text(self._folder / on_disk.BEST, as_json(self._best))
+                except OSError as error:
+                    self._tell(f"WARNING: {self._folder / on_disk.BEST} does not name step_{step}: {error.strerror}")
                 on_disk.retain(self._folder, step, self._retention)
         return True
 
@@ -198,8 +202,8 @@ class Saver:
         """Removes what broken saves have left, and makes the folder aside; returns what went wrong with that."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for stale in [*self._folder.glob(f"{ASIDE}*"), save.final]:
-                shutil.rmtree(stale, ignore_errors=True)
+            on_disk.clear(self._folder)
+            shutil.rmtree(save.final, ignore_errors=True)
             save.aside.mkdir()
             save.free = shutil.disk_usage(self._folder).free
         except OSError as error:
@@ -231,7 +235,7 @@ class Saver:
         self._under_way = None
         self._host.release()
         if distributed.is_main():
-            shutil.rmtree(save.aside, ignore_errors=True)
+            on_disk.clear(self._folder)
             if on_disk.read_pointer(self._folder) != save.final.name:
                 shutil.rmtree(save.final, ignore_errors=True)
         room = f"{save.needed / 1e6:.1f} MB needed, {save.free / 1e6:.1f} MB free when it began"
