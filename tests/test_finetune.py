@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from smaug_ds import evaluate, finetune
 from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.engine import checkpoint
-from smaug_ds.engine.finetuning import FinetuneConfig, FinetunedRetrieval, fitted
+from smaug_ds.engine.finetuning import FinetuneConfig, FinetunedRetrieval
 from smaug_ds.evaluation.benchmarks import read_predictions
+from smaug_ds.model.positions import fit_positions
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.text import Tokenizer
 from tests.launching import finish, launch, settings
@@ -95,11 +96,12 @@ def test_experiments_can_be_read(path: Path) -> None:
 def test_position_tables_are_interpolated() -> None:
     few, many = small_config(3, 3), small_config(6, 6, image_size=48)
     weights = small_model(few).state_dict()
-    changed = fitted(weights, many)
+    changed = fit_positions(weights, many.vision.patches, many.frames)
     assert changed["temporal.position_embedding"].shape == (6, 32)
     assert changed["vision.position_embedding"].shape == (37, 32)
     SmaugModel(many).load_state_dict(changed)
-    assert all(torch.equal(value, fitted(weights, few)[name]) for name, value in weights.items())
+    same = fit_positions(weights, few.vision.patches, few.frames)
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
 
 
 def test_what_no_loss_depends_on_stays_as_it_is(start: Path, toy_shards: Path, toy_media: Path, tmp_path: Path) -> None:
