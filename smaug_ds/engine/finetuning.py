@@ -143,13 +143,16 @@ def _ask_training(config: FinetuneConfig, mixture: Mixture) -> list[Asked]:
         for file, one in zip(questions.train, asked, strict=True):
             if one.benchmark.task != kind:
                 raise ConfigError(f"questions.train: {file} is a {one.benchmark.task} file, {kind} is wanted")
-            if kind == "multiple choice" and (row := _without_choice(one)) is not None:
-                raise ConfigError(f"questions.train: {file}, row {row} has 1 text: a choice needs at least 2")
+            if kind == "multiple choice":
+                _require_choices(one)
     return asked
 
 
-def _without_choice(asked: Asked) -> int | None:
-    return next((choice.row for choice in asked.benchmark.choices if len(choice.choices) < 2), None)
+def _require_choices(asked: Asked) -> None:
+    for choice in asked.benchmark.choices:
+        if len(choice.choices) < 2:
+            file = asked.benchmark.files[0]
+            raise ConfigError(f"questions.train: {file}, row {choice.row} has 1 text: a choice needs at least 2")
 
 
 def _by_clip(asked: list[Asked], texts: Callable[[Asked], Sequence[AskedText]]) -> dict[str, list[AskedText]]:
