@@ -25,6 +25,8 @@ _EPS = 1e-12  # of all norms
 class BeitAttention(SelfAttention):
     """Multi-head self-attention with a bias for the relative place of query and key."""
 
+    places: Tensor  # (N + 2, N + 2) entry of the bias table
+
     def __init__(self, width: int, heads: int, patches: int):
         super().__init__(width, heads)
         self.position_bias = nn.Parameter(torch.zeros(relative_places(patches), heads))
@@ -92,7 +94,7 @@ class BeitEncoder(VisionEncoder):
     def __init__(self, config: VisionConfig):
         super().__init__(config)
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.width)
-        self.norm_before = nn.Identity()
+        self.norm_before = nn.Identity()  # type: ignore[assignment]
         self.layers = nn.ModuleList(
             BeitBlock(config.width, config.heads, config.mlp_width, config.patches) for _ in range(config.depth)
         )
