@@ -41,7 +41,7 @@ from smaug_ds.engine.trained import (
     trained_with,
 )
 from smaug_ds.evaluation.benchmarks import Benchmark, read_benchmark
-from smaug_ds.evaluation.held_out import open_benchmark, open_held_out
+from smaug_ds.evaluation.held_out import open_clips, open_held_out
 from smaug_ds.evaluation.results import compare, write_result
 from smaug_ds.evaluation.retrieval import RetrievalResult, evaluate
 from smaug_ds.text import Tokenizer
@@ -181,18 +181,18 @@ def _open_benchmark(
         paragraph = config.evaluation.join_captions
         benchmark = read_benchmark(searched.benchmark, ids=searched.ids, paragraph=paragraph)
         texts = {record.video: record.texts for record in benchmark.texts}
-    loader, missing = open_benchmark(
-        config.model,
-        config.data,
-        config.evaluation.batch_size,
-        tokenizer,
-        distributed.device(),
-        ledger,
-        benchmark,
-        texts,
-        searched.media,
-        searched.allowed_missing,
-    )
+        loader, _, missing = open_clips(
+            config.model,
+            config.data,
+            config.evaluation.batch_size,
+            tokenizer,
+            distributed.device(),
+            ledger,
+            benchmark,
+            texts,
+            searched.media,
+            searched.allowed_missing,
+        )
     return benchmark, loader, missing
 
 

@@ -16,7 +16,8 @@ from smaug_ds.engine import checkpoint
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.optim import parameter_groups
 from smaug_ds.losses import LossConfig
-from smaug_ds.model.beit import BeitAttention, BeitEncoder, relative_index, relative_places, resize_bias
+from smaug_ds.model.beit import BeitAttention, BeitEncoder, relative_index, relative_places
+from smaug_ds.model.positions import resize_bias
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.model.vision import VisionConfig, normalise_pixels, patchify
 from tests.models import random_batch, small_config, small_model
@@ -155,7 +156,7 @@ def test_import_interpolates_to_another_picture_size(tmp_path: Path, capsys: pyt
     hugging_face("mean", small_config().vision).save_pretrained(tmp_path)
     weights, config = import_weights({"beit": tmp_path}, small_config(image_size=64))
     assert weights["vision.layers.2.attention.position_bias"].shape == (15 * 15 + 3, 4)
-    assert "52 relative places interpolated to 228" in capsys.readouterr().out
+    assert "52 places interpolated to 228" in capsys.readouterr().out
     assert "unused: none" in checkpoint.initialise(SmaugModel(with_words(config)), weights)
 
 

@@ -192,7 +192,7 @@ def test_singularity_file_with_its_settings(
     weights, config = import_weights({"singularity": tmp_path / "ckpt_09.pth"}, small_config(6, 2))
     told = capsys.readouterr().out
     assert "temporal_vision_encoder.layer.0.attention.self.query.weight" in told
-    assert "temporal.position_embedding: 4 frames interpolated to 6" in told
+    assert "temporal.position_embedding: 4 places interpolated to 6" in told
     assert torch.equal(weights["match_head.weight"], source["itm_head.weight"])
     assert torch.allclose(weights["logit_scale"].exp(), 1 / source["temp"])
     cross = source["text_encoder.bert.encoder.layer.2.crossattention.self.value.weight"]
@@ -239,7 +239,7 @@ def test_import_interpolates_to_another_picture_size(
     larger = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=64))
     weights, _ = import_weights({"clip": folders[0]}, larger)
     assert weights["vision.position_embedding"].shape == (65, 32)
-    assert "16 patches interpolated to 64" in capsys.readouterr().out
+    assert "17 places interpolated to 65" in capsys.readouterr().out
 
 
 VISION = (

@@ -282,6 +282,26 @@ def test_a_real_run_exports_to_the_same_scores(
         assert np.abs(ours - theirs).max() < 1e-5
 
 
+@pytest.mark.slow
+def test_a_run_that_changed_its_world_size_exports_to_the_same_scores(
+    toy_shards: Path, toy_media: Path, tmp_path: Path
+) -> None:
+    given = launching.settings(toy_shards, toy_media, tmp_path / "run")
+    given += ["run.max_steps=4", "batch.global_size=12", "batch.micro_size=2", "model.frames=2"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()  # asks for a stop after the first step
+    process = launching.launch(given, 2)
+    process.communicate(timeout=240)
+    assert checkpoint.find(tmp_path / "run").name == "step_1"
+    (tmp_path / "run" / "stop").unlink(missing_ok=True)
+    assert "resumed from" in launching.finish(launching.launch(given, 3))
+    folder = export(tmp_path / "run", tmp_path / "out")
+    assert len(list((folder / "engine").glob("zero_pp_rank_*"))) == 3
+    found, expected = scores(tmp_path / "out", SmaugModel.from_pretrained(tmp_path / "out")), scores(folder, None)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours - theirs).max() < 1e-5
+
+
 def scores(folder: Path, model: SmaugModel | None) -> tuple[np.ndarray, np.ndarray]:
     """Text-to-video and video-to-text scores of the run's test split."""
     _, config = evaluation.read_config(str(folder), None)

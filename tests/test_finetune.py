@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from smaug_ds import evaluate, finetune
 from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.engine import checkpoint
-from smaug_ds.engine.finetuning import FinetuneConfig, FinetunedRetrieval, fitted
+from smaug_ds.engine.finetuning import FinetuneConfig, FinetunedRetrieval
 from smaug_ds.evaluation.benchmarks import read_predictions
+from smaug_ds.exchange.export import export
+from smaug_ds.model.positions import fit_positions
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.text import Tokenizer
 from tests.launching import finish, launch, settings
@@ -54,7 +56,7 @@ def arguments(start: Path, shards: Path, media: Path, folder: Path, task: str) -
         "optim.warmup_steps=2", "optim.lr=1e-3", "evaluation.rerank_depth=4",
     ]  # fmt: skip
     if task == "multiple_choice":
-        own.append(f"questions.test=[{media / 'mc_test.json'}]")
+        own += [f"questions.{part}=[{media / f'mc_{part}.json'}]" for part in ("train", "test")]
     if task == "question_answering":
         own += [f"questions.{part}=[{media / f'qa_{part}.json'}]" for part in ("train", "test")]
         own.append("questions.shortlist=5")
@@ -95,11 +97,12 @@ def test_experiments_can_be_read(path: Path) -> None:
 def test_position_tables_are_interpolated() -> None:
     few, many = small_config(3, 3), small_config(6, 6, image_size=48)
     weights = small_model(few).state_dict()
-    changed = fitted(weights, many)
+    changed = fit_positions(weights, many.vision.patches, many.frames)
     assert changed["temporal.position_embedding"].shape == (6, 32)
     assert changed["vision.position_embedding"].shape == (37, 32)
     SmaugModel(many).load_state_dict(changed)
-    assert all(torch.equal(value, fitted(weights, few)[name]) for name, value in weights.items())
+    same = fit_positions(weights, few.vision.patches, few.frames)
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
 
 
 def test_what_no_loss_depends_on_stays_as_it_is(start: Path, toy_shards: Path, toy_media: Path, tmp_path: Path) -> None:
@@ -122,6 +125,7 @@ def test_what_no_loss_depends_on_stays_as_it_is(start: Path, toy_shards: Path, t
         ("question_answering", ["model.answer_layers=2"], "model.answer_layers is 2: it must be from 0 to"),
         ("question_answering", ["data.test=[]"], "data.test []: question answering is evaluated on one file"),
         ("multiple_choice", ["questions.test=[]"], "questions.test is []"),
+        ("multiple_choice", ["questions.train=[nowhere.json]"], "questions.train: nowhere.json"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -148,6 +152,9 @@ def test_a_file_of_the_wrong_kind_and_a_missing_video_are_named(
     tokenizer = Tokenizer(toy_media / "vocab.txt")
     wrong = [*given, f"questions.test=[{toy_media / 'mc_test.json'}]"]
     with pytest.raises(ConfigError, match=r"mc_test\.json is a multiple choice file, question answering is wanted"):
+        open_task(parse(FinetuneConfig, None, wrong, finetune.defaults), tokenizer)
+    wrong = [*given, f"questions.train=[{toy_media / 'mc_train.json'}]"]
+    with pytest.raises(ConfigError, match=r"mc_train\.json is a multiple choice file, question answering is wanted"):
         open_task(parse(FinetuneConfig, None, wrong, finetune.defaults), tokenizer)
     missing = [*given, f"questions.train=[{toy_media / 'qa_test.json'}]"]
     with pytest.raises(ConfigError, match=r"questions\.train: .*32 of 32 videos are missing in .*train"):
@@ -206,7 +213,15 @@ def test_each_task_trains_and_is_evaluated_from_its_checkpoint_alone(
         metric = "t2v_r1" if task == "retrieval" else "accuracy"
         assert again[metric] == pytest.approx(result[metric])
         assert again["checkpoint"]["step"] == 6 and len(again["checkpoint"]["weights_sha256"]) == 64
-    assert len(read_predictions(tmp_path / "question_answering.predictions.json")) == 64
+    predictions = read_predictions(tmp_path / "question_answering.predictions.json")
+    assert len(predictions) == 64
+
+    export(tmp_path / "question_answering", tmp_path / "exported")
+    out = tmp_path / "of_the_exported.json"
+    assert evaluate.main(["--checkpoint", str(tmp_path / "exported"), "--out", str(out)]) == 0
+    own = json.loads((tmp_path / "question_answering.json").read_text())
+    assert json.loads(out.read_text())["accuracy"] == own["accuracy"]
+    assert read_predictions(tmp_path / "of_the_exported.predictions.json") == predictions
 
     file, capsys_out = str(toy_media / "mc_test.json"), tmp_path / "zero_shot.json"
     folder = tmp_path / "question_answering"

@@ -109,8 +109,26 @@ def test_push_uploads_what_loads_again(folder: Path, tmp_path: Path, monkeypatch
             shutil.copytree(folder_path, tmp_path / repo_id)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    (folder / "README.md").write_text("What it was trained on.")
+    (folder / "state.json").write_text("{}")
     SmaugModel.from_pretrained(folder).push_to_hub("me/smaug")
     assert SmaugModel.from_pretrained(tmp_path / "me" / "smaug").config == SmaugModel.from_pretrained(folder).config
+    SmaugEncoders.from_pretrained(tmp_path / "me" / "smaug")
+    for name in ("README.md", "state.json", "vocab.txt"):
+        assert (tmp_path / "me" / "smaug" / name).read_bytes() == (folder / name).read_bytes()
+
+    shutil.rmtree(tmp_path / "me")
+    changed = SmaugModel.from_pretrained(folder)
+    with torch.no_grad():
+        changed.logit_scale.add_(1)
+    changed.push_to_hub("me/smaug")  # of other weights the card says nothing
+    assert "What it was trained on." not in (tmp_path / "me" / "smaug" / "README.md").read_text()
+    names = {"README.md", "config.json", "model.safetensors", "vocab.txt"}
+    assert {path.name for path in (tmp_path / "me" / "smaug").iterdir()} == names
+
+    shutil.rmtree(tmp_path / "me")
+    small_model().push_to_hub("me/smaug")
+    assert "SmaugModel.from_pretrained" in (tmp_path / "me" / "smaug" / "README.md").read_text()
 
 
 def test_encoders_equal_the_evaluation(folder: Path, toy_media: Path, toy_shards: Path, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_the_bytes_do_not_depend_on_workers_or_size_of_the_corpus(tmp_path: Path
     render_corpus(larger, tmp_path / "larger")
     grown = contents(tmp_path / "larger")
     assert all(grown[name] == content for name, content in one.items() if name.startswith("media/"))
-    for name in ("video_train", "image_train", "video_test", "qa_train", "qa_test", "mc_test"):
+    for name in ("video_train", "image_train", "video_test", "qa_train", "qa_test", "mc_train", "mc_test"):
         rows = read_list(tmp_path / "one", f"{name}.json")
         assert rows == read_list(tmp_path / "larger", f"{name}.json")[: len(rows)]
 
@@ -370,9 +370,12 @@ def test_every_kind_of_question_is_asked(config: ToyConfig) -> None:
     assert len(kinds) == 9
 
 
-def test_one_choice_is_true_and_the_words_alone_do_not_tell_which(toy_media: Path) -> None:
-    facts = {row["video"]: read_caption(row["caption"]) for row in read_list(toy_media, "video_test.json")}
-    rows = read_list(toy_media, "mc_test.json")
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_one_choice_is_true_and_the_words_alone_do_not_tell_which(toy_media: Path, part: str) -> None:
+    clips = read_list(toy_media, f"video_{part}.json")
+    captions = {row["video"]: row["caption"] for row in clips}
+    facts = {video: read_caption(text if isinstance(text, str) else text[0]) for video, text in captions.items()}
+    rows = read_list(toy_media, f"mc_{part}.json")
     assert [row["video"] for row in rows] == list(facts)
     assert {row["answer"] for row in rows} == set(range(5))
     changed = Counter()

@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,8 +33,7 @@ from smaug_ds import convert
 from smaug_ds.config import parse
 from smaug_ds.exchange.export import compare, export
 from smaug_ds.exchange.unpickle import read_pickle
-from smaug_ds.model.beit import resize_bias
-from smaug_ds.model.positions import resize_space, resize_time
+from smaug_ds.model.positions import fit_positions
 from smaug_ds.model.pretrained import HUB, WEIGHTS, resolve, write_architecture
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 
@@ -113,7 +112,11 @@ def import_weights(sources: Mapping[str, str | Path], config: ModelConfig) -> tu
         text = dataclasses.replace(config.text, vocab_size=len(weights["text.embedding.word.weight"]))
         config = dataclasses.replace(config, text=text)
     own = _shapes(config)
-    weights = {key: _resized(key, value, own, config.vision.patches) for key, value in weights.items()}
+    fitted = fit_positions(weights, config.vision.patches, config.frames)
+    for key, value in fitted.items():
+        if value.shape != weights[key].shape:
+            print(f"{key}: {len(weights[key])} places interpolated to {len(value)}")
+    weights = fitted
     for key, value in weights.items():
         if key not in own:
             raise ValueError(f"the model has no place for {key}: its layers are fewer than those of the weights")
@@ -214,23 +217,6 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = SmaugModel(dataclasses.replace(config, text=sized))
     return {key: value.shape for key, value in model.state_dict().items()}
-
-
-def _resized(key: str, value: Tensor, own: Mapping[str, Any], patches: int) -> Tensor:
-    """Position tables of another picture size or number of frames, interpolated; all else as it is."""
-    if key not in own or value.shape == own[key] or value.shape[1:] != own[key][1:]:
-        return value
-    wanted = own[key][0]
-    if key == "vision.position_embedding":
-        print(f"{key}: {len(value) - 1} patches interpolated to {wanted - 1}")
-        return resize_space(value, wanted - 1)
-    if key == "temporal.position_embedding":
-        print(f"{key}: {len(value)} frames interpolated to {wanted}")
-        return resize_time(value, wanted)
-    if key.endswith("attention.position_bias"):
-        print(f"{key}: {len(value)} relative places interpolated to {wanted}")
-        return resize_bias(value, patches)
-    return value
 
 
 if __name__ == "__main__":

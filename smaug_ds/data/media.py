@@ -7,6 +7,7 @@ from dataclasses import dataclass
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_SUFFIXES = frozenset(
     {"mp4", "webm", "mkv", "mov", "avi", "gif", "m4v", "mpg", "mpeg", "ts", "3gp", "flv", "wmv", "ogv"}
+    | {"mts", "m2ts", "3g2"}  # of some of DiDeMo's
 )
 
 

@@ -21,15 +21,20 @@ _UNUSED = (
 )
 
 
+def freeze(model: SmaugModel, prefixes: tuple[str, ...]) -> None:
+    """Takes the parts that no loss depends on out of training: weight decay would shrink them."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefixes):
+            parameter.requires_grad_(False)
+
+
 class QuestionAnswering(nn.Module):
     """Loss of the answers to a batch of questions. Captions are the questions."""
 
     def __init__(self, model: SmaugModel):
         super().__init__()
         self.model = model
-        for name, parameter in model.named_parameters():
-            if name.startswith(_UNUSED):
-                parameter.requires_grad_(False)  # or weight decay would shrink it
+        freeze(model, _UNUSED)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars: ``loss``, the same as ``answer``, and the share of the answers' tokens predicted right."""

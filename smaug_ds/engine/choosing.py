@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smaug_ds import losses
 from smaug_ds.data.sample import Batch
+from smaug_ds.engine.answering import freeze
 from smaug_ds.model.packing import pick_captions
 from smaug_ds.model.smaug import SmaugModel
 
@@ -37,9 +38,7 @@ class MultipleChoice(nn.Module):
     def __init__(self, model: SmaugModel):
         super().__init__()
         self.model = model
-        for name, parameter in model.named_parameters():
-            if name.startswith(_UNUSED):
-                parameter.requires_grad_(False)  # or weight decay would shrink it
+        freeze(model, _UNUSED)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars: ``loss``, the same as ``choice``, and the share of the questions answered right."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from smaug_ds import distributed
@@ -25,8 +24,8 @@ from smaug_ds.evaluation import multiple_choice, question_answering
 from smaug_ds.evaluation.asking import Asked, QuestionConfig, answers_to_choose_from, ask, open_asked
 from smaug_ds.evaluation.benchmarks import read_benchmark
 from smaug_ds.model.answers import with_answer_decoder
-from smaug_ds.model.positions import resize_space, resize_time
-from smaug_ds.model.smaug import ModelConfig, SmaugModel
+from smaug_ds.model.positions import fit_positions
+from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
 
 
@@ -60,9 +59,6 @@ class FinetunedRetrieval(RetrievalTask):
     """Contrastive and matching loss, measured by retrieval."""
 
     config: FinetuneConfig
-
-    def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return fitted(weights, self.config.model)
 
     def objective(self, model: SmaugModel) -> nn.Module:
         # what no loss depends on: weight decay would shrink it
@@ -115,7 +111,8 @@ class QuestionTask:
             self.held_out, self.asked = _open_test(config, tokenizer, "question answering")
 
     def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return with_answer_decoder(fitted(weights, self.config.model), self.config.model.answer_layers)
+        config = self.config.model
+        return with_answer_decoder(fit_positions(weights, config.vision.patches, config.frames), config.answer_layers)
 
     def objective(self, model: SmaugModel) -> nn.Module:
         return QuestionAnswering(model)
@@ -146,13 +143,16 @@ def _ask_training(config: FinetuneConfig, mixture: Mixture) -> list[Asked]:
         for file, one in zip(questions.train, asked, strict=True):
             if one.benchmark.task != kind:
                 raise ConfigError(f"questions.train: {file} is a {one.benchmark.task} file, {kind} is wanted")
-            if kind == "multiple choice" and (row := _without_choice(one)) is not None:
-                raise ConfigError(f"questions.train: {file}, row {row} has 1 text: a choice needs at least 2")
+            if kind == "multiple choice":
+                _require_choices(one)
     return asked
 
 
-def _without_choice(asked: Asked) -> int | None:
-    return next((choice.row for choice in asked.benchmark.choices if len(choice.choices) < 2), None)
+def _require_choices(asked: Asked) -> None:
+    for choice in asked.benchmark.choices:
+        if len(choice.choices) < 2:
+            file = asked.benchmark.files[0]
+            raise ConfigError(f"questions.train: {file}, row {choice.row} has 1 text: a choice needs at least 2")
 
 
 def _by_clip(asked: list[Asked], texts: Callable[[Asked], Sequence[AskedText]]) -> dict[str, list[AskedText]]:
@@ -194,17 +194,3 @@ def _open_test(config: FinetuneConfig, tokenizer: Tokenizer, kind: str) -> tuple
         return open_asked(
             benchmark, config.model, config.data, size, tokenizer, device, ledger, allowed_missing=allowed
         )
-
-
-def fitted(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """``weights`` with the position tables interpolated to the model's number of patches and frames."""
-    changed = dict(weights)
-    patches = config.vision.patches
-    if (name := "vision.position_embedding") in weights and len(weights[name]) != 1 + patches:
-        changed[name] = resize_space(weights[name], patches)
-    if (name := "pixel_decoder.position_embedding") in weights and len(weights[name]) != patches:
-        grid = torch.cat([weights[name][:1], weights[name]])  # it has no class token
-        changed[name] = resize_space(grid, patches)[1:]
-    if (name := "temporal.position_embedding") in weights and len(weights[name]) != config.frames:
-        changed[name] = resize_time(weights[name], config.frames)
-    return changed

@@ -16,6 +16,7 @@ from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.evaluation.held_out import open_held_out
 from smaug_ds.evaluation.retrieval import evaluate
+from smaug_ds.model.positions import fit_positions
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
 
@@ -52,7 +53,7 @@ class RetrievalTask:
         self.without_evaluation = "" if self.held_out is not None else "neither data.test nor data.holdout is set"
 
     def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return weights
+        return fit_positions(weights, self.config.model.vision.patches, self.config.model.frames)
 
     def objective(self, model: SmaugModel) -> nn.Module:
         return Pretraining(model, self.config.loss)

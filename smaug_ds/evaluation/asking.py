@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 
+from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.data.config import DataConfig
 from smaug_ds.data.index import Corpus
 from smaug_ds.data.loader import EvalLoader
-from smaug_ds.data.quarantine import Ledger
+from smaug_ds.data.quarantine import DataError, Ledger
 from smaug_ds.data.shard import Entry
 from smaug_ds.evaluation.benchmarks import Benchmark, find_in_shards, read_answer_list, read_benchmark, require_answers
-from smaug_ds.evaluation.clips import find_clips
-from smaug_ds.evaluation.held_out import batch_shape
-from smaug_ds.model.smaug import ModelConfig
+from smaug_ds.evaluation.held_out import open_clips
+from smaug_ds.evaluation.retrieval import RetrievalConfig, in_precision
+from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.text import Tokenizer
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,50 @@ def open_asked(
     They are looked for in the folder ``media``, or else in the shards of ``data.test``. Raises as ``find_clips`` does.
     """
     texts = {video: ("",) for video in benchmark.videos}  # what is asked goes another way
-    clips, missing = find_clips(benchmark, texts, media, data.test, allowed_missing)
+    loader, clips, missing = open_clips(
+        model, data, batch_size, tokenizer, device, ledger, benchmark, texts, media, allowed_missing
+    )
     places = {clip.video: clips.nth("video", number) for number, clip in enumerate(clips.clips)}
-    # Of a corpus EvalLoader uses no more than ``count``, ``nth`` and ``read_sample``.
-    loader = EvalLoader(cast(Corpus, clips), tokenizer, data, batch_shape(model), batch_size, device, ledger)
     return loader, Asked.of(benchmark, places, list(missing))
+
+
+def on_all_ranks(model: SmaugModel, evaluation: RetrievalConfig, own: Callable[[], dict[int, V]]) -> dict[int, V]:
+    """What ``own`` finds on the clips of this rank, by the record's row, and what it finds on the other ranks.
+
+    It runs in evaluation mode and in the precision of ``evaluation``. Every rank calls it. Raises DataError, on all
+    ranks, when a loader's worker dies on one of them.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with in_precision(model, evaluation), distributed.agreeing(DataError):
+            found = own()
+    finally:
+        model.train(was_training)
+    every: dict[int, V] = {}
+    for share in distributed.gather_objects(found):
+        assert every.keys().isdisjoint(share), "a clip was on two ranks"
+        every |= share
+    return every
+
+
+def protocol(model: SmaugModel, asked: Asked, evaluation: RetrievalConfig, checkpoint: str) -> dict[str, Any]:
+    """The conditions of every result on ``asked``, whatever its task."""
+    return {
+        "task": asked.benchmark.task,
+        "benchmark": asked.benchmark.name,
+        "files": list(asked.benchmark.files),
+        "notes": list(asked.benchmark.notes),
+        "missing_videos": len(asked.missing),
+        "frames": model.config.frames,
+        "frames_kept": model.config.frames_kept,
+        "image_size": model.config.vision.image_size,
+        "sparsified": model.config.vision.sparsify_at_inference and model.config.vision.keep_rate < 1,
+        "cleaning": "Singularity's pre_text",
+        "max_text_tokens": model.config.text.max_length,
+        "precision": f"{evaluation.precision} forward pass, fp32 scores",
+        "checkpoint": checkpoint,
+    }
 
 
 def answers_to_choose_from(config: QuestionConfig, training: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from smaug_ds.data.mixture import training_folders
 from smaug_ds.data.quarantine import Ledger
 from smaug_ds.data.sample import BatchShape
 from smaug_ds.evaluation.benchmarks import Benchmark
-from smaug_ds.evaluation.clips import find_clips
+from smaug_ds.evaluation.clips import BenchmarkClips, find_clips
 from smaug_ds.evaluation.retrieval import RetrievalConfig
 from smaug_ds.model.smaug import ModelConfig
 from smaug_ds.text import Tokenizer
@@ -57,7 +57,7 @@ def open_held_out(
     return EvalLoader(corpus, tokenizer, data, batch_shape(model), evaluation.batch_size, device, ledger)
 
 
-def open_benchmark(
+def open_clips(
     model: ModelConfig,
     data: DataConfig,
     batch_size: int,
@@ -68,16 +68,15 @@ def open_benchmark(
     texts: Mapping[str, Sequence[str]],
     media: Path | None = None,
     allowed_missing: int = 0,
-) -> tuple[EvalLoader, dict[str, int]]:
-    """This rank's share of a benchmark's videos with its ``texts`` of each as captions, and the videos that are
-    missing, with their rows.
+) -> tuple[EvalLoader, BenchmarkClips, dict[str, int]]:
+    """This rank's share of a benchmark's videos with its ``texts`` of each as captions, the videos that were found on
+    all ranks, and those that are missing, with their rows.
 
     They are looked for in the folder ``media``, where PyAV decodes them, or else in the shards of ``data.test``.
 
-    Raises ConfigError when more than ``allowed_missing`` are missing, or folder or shards cannot be used.
+    Raises as ``find_clips`` does.
     """
-    with naming("--benchmark"):
-        clips, missing = find_clips(benchmark, texts, media, data.test, allowed_missing)
+    clips, missing = find_clips(benchmark, texts, media, data.test, allowed_missing)
     # Of a corpus EvalLoader uses no more than ``count``, ``nth`` and ``read_sample``.
-    corpus = cast(Corpus, clips)
-    return EvalLoader(corpus, tokenizer, data, batch_shape(model), batch_size, device, ledger), missing
+    loader = EvalLoader(cast(Corpus, clips), tokenizer, data, batch_shape(model), batch_size, device, ledger)
+    return loader, clips, missing

@@ -1,6 +1,7 @@
 """Multiple choice as in MSRVTT-MC: of the texts given with a clip the one with the best match logit is chosen.
 
-A retrieval model answers as it is; there is no training of its own (Singularity, arXiv 2206.03428, section 4.2).
+A retrieval model answers as it is: MSRVTT-MC has no training of its own (Singularity, arXiv 2206.03428, section 4.2).
+Where there are choices to train on, ``engine/choosing.py`` does.
 A clip is read by one rank, which scores all its choices. A question whose clip cannot be read counts as wrong.
 
 Letters: Q questions, C choices of the one that has most.
@@ -17,13 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smaug_ds import distributed
-from smaug_ds.data.quarantine import DataError
 from smaug_ds.data.sample import Batch
 from smaug_ds.evaluation.answers import accuracy, chosen_right
-from smaug_ds.evaluation.asking import Asked
+from smaug_ds.evaluation.asking import Asked, on_all_ranks, protocol
 from smaug_ds.evaluation.encoding import device_of, only_tokens, progress
-from smaug_ds.evaluation.retrieval import RetrievalConfig, in_precision
+from smaug_ds.evaluation.retrieval import RetrievalConfig
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
 
@@ -67,17 +66,10 @@ def evaluate(
     Raises DataError, on all ranks, when a loader's worker dies on one of them.
     """
     questions = asked.benchmark.choices
-    was_training = model.training
-    model.eval()
-    try:
-        with in_precision(model, config), distributed.agreeing(DataError):
-            own = _score_own(model, loader, asked, tokenizer, config)
-    finally:
-        model.train(was_training)
+    found = on_all_ranks(model, config, lambda: _score_own(model, loader, asked, tokenizer, config))
     scores = np.full((len(questions), max(len(question.choices) for question in questions)), -np.inf, np.float32)
-    for share in distributed.gather_objects(own):
-        for row, values in share.items():
-            scores[row, : len(values)] = values
+    for row, values in found.items():
+        scores[row, : len(values)] = values
     scored = np.isfinite(scores).any(axis=1)
     # ties are wrong, so a question without scores is
     correct = chosen_right(scores, [question.answer for question in questions])
@@ -86,23 +78,7 @@ def evaluate(
         chance=100.0 * float(np.mean([1 / len(question.choices) for question in questions])),
         n_questions=len(questions),
         unanswered=int((~scored).sum()),
-        protocol={
-            "task": "multiple choice",
-            "benchmark": asked.benchmark.name,
-            "files": list(asked.benchmark.files),
-            "notes": list(asked.benchmark.notes),
-            "missing_videos": len(asked.missing),
-            "score": "match logit",
-            "ties": "pessimistic",
-            "frames": model.config.frames,
-            "frames_kept": model.config.frames_kept,
-            "image_size": model.config.vision.image_size,
-            "sparsified": model.config.vision.sparsify_at_inference and model.config.vision.keep_rate < 1,
-            "cleaning": "Singularity's pre_text",
-            "max_text_tokens": model.config.text.max_length,
-            "precision": f"{config.precision} forward pass, fp32 scores",
-            "checkpoint": checkpoint,
-        },
+        protocol=protocol(model, asked, config, checkpoint) | {"score": "match logit", "ties": "pessimistic"},
         scores=scores,
     )
 

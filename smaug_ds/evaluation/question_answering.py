@@ -24,8 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smaug_ds import distributed
-from smaug_ds.data.quarantine import DataError
 from smaug_ds.data.sample import Batch
 from smaug_ds.evaluation.answers import (
     ACTIVITYNET_QA_TYPES,
@@ -34,10 +32,10 @@ from smaug_ds.evaluation.answers import (
     activitynet_qa_report,
     exact_match,
 )
-from smaug_ds.evaluation.asking import Asked, QuestionConfig
+from smaug_ds.evaluation.asking import Asked, QuestionConfig, on_all_ranks, protocol
 from smaug_ds.evaluation.benchmarks import coverage, require_answers, write_predictions
 from smaug_ds.evaluation.encoding import device_of, only_tokens, progress
-from smaug_ds.evaluation.retrieval import RetrievalConfig, in_precision
+from smaug_ds.evaluation.retrieval import RetrievalConfig
 from smaug_ds.model.answers import next_words
 from smaug_ds.model.packing import Packing, pick_captions
 from smaug_ds.model.smaug import SmaugModel, VisualOutput
@@ -104,17 +102,9 @@ def evaluate(
         )
     if config.method == "rank":
         require_answers(answers, config.shortlist)
-    was_training = model.training
-    model.eval()
-    try:
-        with in_precision(model, evaluation), distributed.agreeing(DataError):
-            found = _answer_own(model, loader, asked, answers, tokenizer, config, evaluation)
-    finally:
-        model.train(was_training)
-    predicted: dict[int, str] = {}
-    for share in distributed.gather_objects(found):
-        assert predicted.keys().isdisjoint(share), "a clip was on two ranks"
-        predicted |= share
+    predicted = on_all_ranks(
+        model, evaluation, lambda: _answer_own(model, loader, asked, answers, tokenizer, config, evaluation)
+    )
     normalise = clean if config.method == "generate" else None
     truth = [question.answer for question in questions]
     correct = exact_match([predicted.get(row) for row in range(len(questions))], truth, normalise)
@@ -234,23 +224,10 @@ def _protocol(
     model: SmaugModel, asked: Asked, answers: int, config: QuestionConfig, evaluation: RetrievalConfig, checkpoint: str
 ) -> dict[str, Any]:
     ranked = config.method == "rank"
-    return {
-        "task": "question answering",
-        "benchmark": asked.benchmark.name,
-        "files": list(asked.benchmark.files),
-        "notes": list(asked.benchmark.notes),
-        "missing_videos": len(asked.missing),
+    return protocol(model, asked, evaluation, checkpoint) | {
         "method": config.method,
         "answers": answers if ranked else None,
         "shortlist": config.shortlist if ranked else None,
         "likelihood": "each token once, end token included" if ranked else "greedy",
         "match": "letter by letter" if ranked else "letter by letter after cleaning",
-        "frames": model.config.frames,
-        "frames_kept": model.config.frames_kept,
-        "image_size": model.config.vision.image_size,
-        "sparsified": model.config.vision.sparsify_at_inference and model.config.vision.keep_rate < 1,
-        "cleaning": "Singularity's pre_text",
-        "max_text_tokens": model.config.text.max_length,
-        "precision": f"{evaluation.precision} forward pass, fp32 scores",
-        "checkpoint": checkpoint,
     }

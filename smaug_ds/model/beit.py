@@ -16,14 +16,16 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from smaug_ds.model.layers import SelfAttention
+from smaug_ds.model.positions import WITHOUT_PLACE
 from smaug_ds.model.vision import VisionConfig, VisionEncoder
 
 _EPS = 1e-12  # of all norms
-_WITHOUT_PLACE = 3  # entries of a bias table after the grid's: class token to patch, patch to class token, to itself
 
 
 class BeitAttention(SelfAttention):
     """Multi-head self-attention with a bias for the relative place of query and key."""
+
+    places: Tensor  # (N + 2, N + 2) entry of the bias table
 
     def __init__(self, width: int, heads: int, patches: int):
         super().__init__(width, heads)
@@ -92,7 +94,7 @@ class BeitEncoder(VisionEncoder):
     def __init__(self, config: VisionConfig):
         super().__init__(config)
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.width)
-        self.norm_before = nn.Identity()
+        self.norm_before = nn.Identity()  # type: ignore[assignment]
         self.layers = nn.ModuleList(
             BeitBlock(config.width, config.heads, config.mlp_width, config.patches) for _ in range(config.depth)
         )
@@ -110,7 +112,7 @@ class BeitEncoder(VisionEncoder):
 def relative_places(patches: int) -> int:
     """R: entries of a bias table for a square grid of ``patches``."""
     side = round(patches**0.5)
-    return (2 * side - 1) ** 2 + _WITHOUT_PLACE
+    return (2 * side - 1) ** 2 + WITHOUT_PLACE
 
 
 def relative_index(patches: int) -> Tensor:
@@ -129,18 +131,3 @@ def relative_index(patches: int) -> Tensor:
     index[patches:, :patches] = places - 3
     index[:patches, patches:] = places - 2
     return index
-
-
-def resize_bias(table: Tensor, patches: int) -> Tensor:
-    """A bias table (R, H) for another square grid, of ``patches``; the grid's part bicubic, the rest as it is.
-
-    Raises ValueError when its size is that of no grid.
-    """
-    old = round((len(table) - _WITHOUT_PLACE) ** 0.5)
-    if old * old + _WITHOUT_PLACE != len(table) or old % 2 == 0:
-        raise ValueError(f"{len(table)} relative places belong to no square grid of patches")
-    new = 2 * round(patches**0.5) - 1
-    grid = rearrange(table[:-_WITHOUT_PLACE].float(), "(h w) d -> 1 d h w", h=old)
-    # the outermost places stay the outermost: aligned corners
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
-    return torch.cat([rearrange(grid, "1 d h w -> (h w) d").to(table.dtype), table[-_WITHOUT_PLACE:]])

@@ -1,14 +1,18 @@
-"""Position embeddings for other picture sizes and other numbers of frames.
+"""Position tables for other picture sizes and other numbers of frames.
 
-Letters: N patches, T frames, D width.
+Letters: N patches, T frames, D width, R relative places, H heads.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+WITHOUT_PLACE = 3  # entries of a bias table after the grid's: class token to patch, patch to class token, to itself
 
 
 def resize_space(table: Tensor, patches: int) -> Tensor:
@@ -27,6 +31,60 @@ def resize_time(table: Tensor, frames: int) -> Tensor:
     line = rearrange(table.float(), "t d -> 1 d t")
     line = F.interpolate(line, size=frames, mode="linear", align_corners=False)
     return rearrange(line, "1 d t -> t d").to(table.dtype)
+
+
+def resize_bias(table: Tensor, patches: int) -> Tensor:
+    """A bias table (R, H) for another square grid, of ``patches``; the grid's part bicubic, the rest as it is.
+
+    Raises ValueError when its size is that of no grid.
+    """
+    old = round((len(table) - WITHOUT_PLACE) ** 0.5)
+    if old * old + WITHOUT_PLACE != len(table) or old % 2 == 0:
+        raise ValueError(f"{len(table)} relative places belong to no square grid of patches")
+    new = 2 * _side(patches) - 1
+    if new == old:
+        return table
+    grid = rearrange(table[:-WITHOUT_PLACE].float(), "(h w) d -> 1 d h w", h=old)
+    # the outermost places stay the outermost: aligned corners
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
+    return torch.cat([rearrange(grid, "1 d h w -> (h w) d").to(table.dtype), table[-WITHOUT_PLACE:]])
+
+
+def grid_positions(patches: int, width: int) -> Tensor:
+    """Sines and cosines of the rows, then of the columns, of a square grid: (N, D) of amplitude 1, as MAE has them.
+
+    A table that starts near zero, as BERT's, is drowned by patch embedding of unit size: short runs then learn colours
+    and no places.
+    """
+    side = _side(patches)
+    rows, columns = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    half = width // 4 * 2
+    table = torch.cat([sine_cosine(rows, half), sine_cosine(columns, half)], dim=1)
+    return F.pad(table, (0, width - 2 * half))
+
+
+def sine_cosine(places: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of ``places`` (N,) at wavelengths from 2 pi to 20000 pi: (N, width) (Vaswani et al. 2017,
+    section 3.5). ``width`` is even."""
+    frequencies = 10000.0 ** (-torch.arange(width // 2) / (width / 2))
+    angles = places[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def fit_positions(weights: Mapping[str, Tensor], patches: int, frames: int) -> dict[str, Tensor]:
+    """``weights`` of a ``SmaugModel`` with its position tables interpolated to so many patches and frames: in space
+    bicubic, in time linear. The weights themselves where nothing differs."""
+    fitted = dict(weights)
+    for name, value in weights.items():
+        if name == "vision.position_embedding" and len(value) != 1 + patches:
+            fitted[name] = resize_space(value, patches)
+        elif name == "pixel_decoder.position_embedding" and len(value) != patches:
+            fitted[name] = resize_space(torch.cat([value[:1], value]), patches)[1:]  # it has no class token
+        elif name == "temporal.position_embedding" and len(value) != frames:
+            fitted[name] = resize_time(value, frames)
+        elif name.endswith("attention.position_bias"):
+            fitted[name] = resize_bias(value, patches)
+    return fitted
 
 
 def _side(patches: int) -> int:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "config.json"
 HUB = "hf-hub:"  # before the name of a repository, as timm and open_clip have it
+CARD = "README.md"
+_TOKENIZERS = ("tokenizer.json", "vocab.txt")
+_ABOUT_WEIGHTS = (CARD, "state.json")
+_BARE_CARD = """---
+library_name: smaug-ds
+---
+
+Weights of a SMAUG-DS model. State what they were trained on, and a licence, before they are handed on.
+
+    from smaug_ds.model.smaug import {name}
+    model = {name}.from_pretrained("FOLDER")
+"""
 _MODEL_TYPE = "smaug"
 _NOT_ARCHITECTURE = ("model_type", "architectures")
 M = TypeVar("M", bound="Pretrained")
@@ -28,6 +43,7 @@ class Pretrained(nn.Module):
 
     config_class: ClassVar[type]
     config: Any
+    came_from: str = ""  # folder or repository
 
     @classmethod
     def from_pretrained(cls: type[M], name: str | os.PathLike[str]) -> M:
@@ -46,6 +62,7 @@ class Pretrained(nn.Module):
         model = cls(config)
         require_same(file, {key: tuple(value.shape) for key, value in weights.items()}, model)
         model.load_state_dict(weights)
+        model.came_from = str(name)
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -59,17 +76,37 @@ class Pretrained(nn.Module):
         write_architecture(self.config, type(self).__name__, folder)
 
     def push_to_hub(self, repository: str, private: bool = True) -> None:
-        """Uploads what ``save_pretrained`` writes to ``USER/NAME`` on the hub; needs ``hf auth login`` before.
+        """Uploads the model to ``USER/NAME`` on the hub; needs ``hf auth login`` before.
 
-        An exported folder, with tokenizer and model card, goes there whole with ``hf upload USER/NAME FOLDER``.
+        The tokenizer of the folder that it came from goes with it, and so do model card and settings of its run if the
+        weights are still those that they speak of; else it gets a card that says no more than how to use it.
         """
         from huggingface_hub import HfApi
 
         api = HfApi()
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            self._add_what_lay_beside(Path(folder))
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model")
+
+    def _add_what_lay_beside(self, folder: Path) -> None:
+        found: dict[str, Path] = {}
+        for name in (*_TOKENIZERS, *_ABOUT_WEIGHTS) if self.came_from else ():
+            with contextlib.suppress(ValueError):
+                found[name] = resolve(self.came_from, name)
+        for name, path in found.items():
+            if name in _TOKENIZERS or self._has_weights_of(resolve(self.came_from, WEIGHTS)):
+                shutil.copyfile(path, folder / name)
+        if not (folder / CARD).exists():
+            (folder / CARD).write_text(_BARE_CARD.format(name=type(self).__name__), encoding="utf-8")
+
+    def _has_weights_of(self, file: Path) -> bool:
+        own = self.state_dict()
+        with safe_open(file, framework="pt") as saved:
+            return own.keys() == set(saved.keys()) and all(
+                torch.equal(saved.get_tensor(name), value.cpu()) for name, value in own.items()
+            )
 
 
 def resolve(name: str | os.PathLike[str], file: str) -> Path:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.layers import ClipBlock, gather_tokens
+from smaug_ds.model.positions import grid_positions
 from smaug_ds.model.sparsify import keep_and_fuse, kept_count, random_mask, visible_count
 
 # CLIP's pixel statistics, per channel of an image in [0, 1].
@@ -132,7 +133,9 @@ class VisionEncoder(nn.Module):
 
     def init_weights(self) -> None:
         nn.init.normal_(self.class_token, std=0.02)
-        nn.init.normal_(self.position_embedding, std=0.02)
+        with torch.no_grad():  # of the class token 0
+            self.position_embedding[:1].zero_()
+            self.position_embedding[1:].copy_(grid_positions(self.config.patches, self.config.width))
 
     def forward(self, patches: Tensor, patch_noise: Tensor | None) -> EncodedFrames:
         """``patches`` (B, T, N, 3 P P) normalised pixels, ``patch_noise`` (B, N) uniform or None for no mask."""

@@ -18,8 +18,7 @@ from smaug_ds.data.media import VIDEO_SUFFIXES
 from smaug_ds.data.shard import Entry, SampleError, ShardError, parse_metadata
 from smaug_ds.evaluation.benchmarks.records import Benchmark, BenchmarkError
 
-# DiDeMo has names that end in ".mts", ".m2ts", ".3g2" or in a bare dot.
-ENDINGS = VIDEO_SUFFIXES | {"mts", "m2ts", "3g2", ""}
+ENDINGS = VIDEO_SUFFIXES | {""}  # DiDeMo has names that end in a bare dot
 _PREFIX = "v_"  # of ActivityNet's file names
 _SHOWN = 5  # names in a report
 
