@@ -46,19 +46,30 @@ class NegativeVideos:
 
 
 @torch.no_grad()
-def draw(visual: VisualOutput, text: TextOutput, batch: Batch, scale: Tensor) -> Draw:
+def draw(visual: VisualOutput, text: TextOutput, batch: Batch, scale: Tensor, rows_at_once: int = 0) -> Draw:
     """A negative text for each video and a negative video for each text, by similarity of the embeddings.
 
-    scale: (1,) inverse temperature. Nothing waits for the device. All ranks call it.
+    scale: (1,) inverse temperature. rows_at_once: of the (B, G) similarities; 0: all. Nothing waits for the device. All
+    ranks call it.
     """
-    ids, noise = batch.media_ids, batch.negative_noise
-    all_ids = distributed.all_gather(ids)
-    video_to_text = scale * visual.embedding @ distributed.all_gather(text.embedding).T
-    text_to_video = scale * text.embedding @ distributed.all_gather(visual.embedding).T
-    texts, valid_texts = losses.draw_hard_negatives(video_to_text, ids, all_ids, noise[:, 0])
-    videos, valid_videos = losses.draw_hard_negatives(text_to_video, ids, all_ids, noise[:, 1])
+    texts, valid_texts = _draw(visual.embedding, text.embedding, batch, 0, scale, rows_at_once)
+    videos, valid_videos = _draw(text.embedding, visual.embedding, batch, 1, scale, rows_at_once)
     columns = distributed.all_gather(torch.stack([texts, videos], dim=1))
     return Draw(_send_to_host(columns), valid_texts, valid_videos)
+
+
+def _draw(
+    anchors: Tensor, others: Tensor, batch: Batch, direction: int, scale: Tensor, rows_at_once: int
+) -> tuple[Tensor, Tensor]:
+    """For each of the ``anchors`` (B, P) a column among the ``others`` of all ranks, and whether there is any."""
+    all_others, all_ids = distributed.all_gather(others), distributed.all_gather(batch.media_ids)
+    rows = (x.split(rows_at_once or len(anchors)) for x in (anchors, batch.media_ids, batch.negative_noise))
+    drawn = [
+        losses.draw_hard_negatives(scale * some @ all_others.T, ids, all_ids, noise[:, direction])
+        for some, ids, noise in zip(*rows, strict=True)
+    ]
+    columns, valid = zip(*drawn, strict=True)
+    return torch.cat(columns), torch.cat(valid)
 
 
 def fetch(drawn: Draw, visual: VisualOutput, text: TextOutput) -> tuple[NegativeTexts, NegativeVideos]:
