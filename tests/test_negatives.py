@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 
 SIZE, WIDTH = 3, 5
 LENGTHS = [4, 2, 7, 3, 3, 5, 6, 2, 2, 8, 4, 3]  # of the captions of four ranks
-# For the pairs of four ranks, a text and a video: rank 0 draws only videos of its own, and still has to take part in the
+# For the pairs of four ranks, a text and a video: rank 0 draws only videos of its own, and still takes part in the
 # backward pass of the others; some are drawn twice.
 DRAWN = [(1, 2), (9, 0), (4, 1), (0, 0), (8, 10), (5, 7), (11, 3), (1, 1), (1, 2), (2, 4), (10, 9), (7, 0)]
 
