@@ -43,12 +43,14 @@ class Pretraining(nn.Module):
         if config.vtc:
             results |= self._contrast(visual, text, batch)
         if config.mvm:
-            results["mvm"] = losses.mvm(*model.predict_pixels(visual, batch.frames))
+            pixels = losses.mvm(*model.predict_pixels(visual, batch.frames))
         if drawn is not None:
             results |= self._match_and_predict(visual, text, masked, drawn, batch)
         elif masked is not None:
             seen = model.look_at(visual.tokens, text.sentence, batch.frame_noise)
             results |= self._predict_words(model.fuse(masked, text.packing, seen, batch.mlm_positions), batch)
+        if config.mvm:
+            results["mvm"] = pixels
         objectives = ("vtc", "vtm", "mlm", "mvm")
         results["loss"] = sum(getattr(config, name) * results[name] for name in objectives if name in results)
         return results
