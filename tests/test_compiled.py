@@ -8,17 +8,26 @@ import torch
 from smaug_ds.engine.compiled import compile_static
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.losses import LossConfig
+from smaug_ds.model.smaug import ModelConfig
 from tests.models import random_batch, small_config, small_model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_losses_and_gradients_are_the_same(dtype: torch.dtype) -> None:
+def test_traced_losses_and_gradients_are_the_same(dtype: torch.dtype) -> None:
+    """The graphs as torch traces them, forward and backward, before a compiler makes code of them."""
+    compare(small_config(frames=3, frames_kept=2, depth=2), dtype, "aot_eager")
+
+
+@pytest.mark.slow
+def test_compiled_losses_and_gradients_are_the_same() -> None:
+    compare(small_config(depth=1, sparsify_layers=(1,)), torch.float32, "inductor")
+
+
+def compare(config: ModelConfig, dtype: torch.dtype, backend: str) -> None:
     torch._dynamo.reset()
-    config = small_config(frames=3, frames_kept=2, sparsify_layers=(2,))
     plain, compiled = (Pretraining(small_model(config), LossConfig()).to(dtype) for _ in range(2))
     told: list[str] = []
-    compile_static(compiled.model, compiled, told.append)
+    compile_static(compiled.model, compiled, told.append, backend)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     for seed in (0, 1):
         batch = random_batch(config, 4, seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -14,7 +13,9 @@ from smaug_ds.model.smaug import SmaugModel
 _PARTS = ("vision", "temporal", "pixel_decoder")
 
 
-def compile_static(model: SmaugModel, objective: nn.Module, say: Callable[[str], Any]) -> None:
+def compile_static(
+    model: SmaugModel, objective: nn.Module, say: Callable[[str], Any], backend: str = "inductor"
+) -> None:
     """Compiles the vision, temporal and pixel encoders in place: modules and weights keep their names.
 
     They are compiled in the first step that uses them, which takes minutes. After the first step of the ``objective``,
@@ -22,8 +23,8 @@ def compile_static(model: SmaugModel, objective: nn.Module, say: Callable[[str],
     """
     for name in _PARTS:
         if hasattr(model, name):
-            getattr(model, name).compile()
-    torch._dynamo.utils.counters.clear()
+            getattr(model, name).compile(backend=backend)
+    counters.clear()
 
     def tell(*_: Any) -> None:
         handle.remove()
