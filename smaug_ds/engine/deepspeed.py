@@ -74,6 +74,7 @@ OWNED_BY_RUN_CONFIG = {
     "gradient_clipping": "optim.gradient_clip",
     "scheduler": "optim.warmup_epochs, optim.epochs and optim.min_lr",
     "activation_checkpointing": "model.vision.checkpoint_every and model.text.checkpoint_every",
+    "compile": "run.compile",
     "tensorboard": "run.log_every",
     "csv_monitor": "run.log_every",
 }
