@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from smaug_ds import distributed
 
@@ -29,12 +30,15 @@ class LossConfig:
     mlm: float = 1.0  # masked language modelling
     mvm: float = 1.0  # masked visual modelling
     contrastive: Literal["infonce", "sigmoid"] = "infonce"  # sigmoid: no all-gather of embeddings
+    contrastive_rows: int = 0  # rows of similarities held at once, recomputed in the backward pass; 0: all
     mlm_probability: float = 0.15  # share of the words that is predicted
 
     def __post_init__(self) -> None:
         for name in ("vtc", "vtm", "mlm", "mvm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}: a weight is 0 or more")
+        if self.contrastive_rows < 0:
+            raise ValueError(f"loss.contrastive_rows is {self.contrastive_rows}: it must be 0 (all rows) or more")
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"loss.mlm_probability is {self.mlm_probability}: it must lie in (0, 1)")
 
@@ -46,19 +50,35 @@ def global_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
     return (values * weights).sum() * distributed.world_size() / count.clamp(min=1)
 
 
-def vtc(video: Tensor, text: Tensor, media_ids: Tensor, logit_scale: Tensor) -> Tensor:
+def vtc(video: Tensor, text: Tensor, media_ids: Tensor, logit_scale: Tensor, rows_at_once: int = 0) -> Tensor:
     """Symmetric InfoNCE with the negatives of all ranks (SMAUG equation 6; ALBEF equation 1 without momentum).
 
     video, text: (B, P) unit length. media_ids: (B,); pairs of the same id are positives of each other and share
-    the target evenly. logit_scale: (1,) log of the inverse temperature. Returns a scalar.
+    the target evenly. logit_scale: (1,) log of the inverse temperature. rows_at_once: with it only so many rows of the
+    (B, G) similarities exist at a time, in the backward pass, too; 0: all. Returns a scalar.
     """
     scale = inverse_temperature(logit_scale)
     all_video, all_text = distributed.all_gather_with_grad(video), distributed.all_gather_with_grad(text)
-    positives = (media_ids[:, None] == distributed.all_gather(media_ids)[None, :]).to(video.dtype)  # (B, G)
+    all_ids = distributed.all_gather(media_ids)
+    if not 0 < rows_at_once < len(video):
+        return global_mean(_info_nce(video, text, media_ids, all_video, all_text, all_ids, scale))
+    own = zip(*(x.split(rows_at_once) for x in (video, text, media_ids)), strict=True)
+    terms = [
+        checkpoint(_info_nce, *rows, all_video, all_text, all_ids, scale, use_reentrant=False, preserve_rng_state=False)
+        for rows in own
+    ]
+    return global_mean(torch.cat(terms))
+
+
+def _info_nce(
+    video: Tensor, text: Tensor, ids: Tensor, all_video: Tensor, all_text: Tensor, all_ids: Tensor, scale: Tensor
+) -> Tensor:
+    """Mean of both directions for each of the R rows ``video``, ``text`` (R, P), ``ids`` (R,), against all G: (R,)."""
+    positives = (ids[:, None] == all_ids[None, :]).to(video.dtype)  # (R, G)
     targets = positives / positives.sum(dim=1, keepdim=True)
     video_to_text = F.cross_entropy(scale * video @ all_text.T, targets, reduction="none")
     text_to_video = F.cross_entropy(scale * text @ all_video.T, targets, reduction="none")
-    return global_mean((video_to_text + text_to_video) / 2)
+    return (video_to_text + text_to_video) / 2
 
 
 def vtc_sigmoid(video: Tensor, text: Tensor, media_ids: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,6 +33,27 @@ def test_info_nce_equals_the_slow_loop() -> None:
     for ours, theirs in zip(
         torch.autograd.grad(fast, (video, text, scale)), torch.autograd.grad(slow, (video, text, scale)), strict=True
     ):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+def test_info_nce_in_pieces_equals_the_slow_loop(rows: int) -> None:
+    video, text = embeddings()
+    scale = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+    largest = 0
+
+    def widest(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, len(tensor) if tensor.shape[1:] == (8,) else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(widest, lambda tensor: tensor):
+        pieces = losses.vtc(video, text, torch.tensor(MEDIA), scale, rows)
+    assert largest == (8 if rows >= 8 else 0), "similarities are kept for the backward pass"
+    slow = reference.info_nce(video, text, MEDIA, torch.exp(-scale))
+    torch.testing.assert_close(pieces, slow.squeeze(), atol=1e-6, rtol=1e-6)
+    leaves = (video, text, scale)
+    for ours, theirs in zip(torch.autograd.grad(pieces, leaves), torch.autograd.grad(slow, leaves), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
@@ -108,7 +129,7 @@ def check_equal(fast: torch.Tensor, slow: torch.Tensor, weights: list[torch.nn.P
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-OBJECTIVES = ["vtc", "sigmoid", "vtm", "mlm", "mvm", "all"]
+OBJECTIVES = ["vtc", "pieces", "sigmoid", "vtm", "mlm", "mvm", "all"]
 LENGTHS = [12, 5, 9, 7, 3, 11, 5, 6]  # of captions: 33 + 25 tokens on two ranks, 17 + 16 + 14 + 11 on four
 
 
@@ -118,8 +139,11 @@ def loss_and_gradient(name: str, frames: int) -> tuple[float, dict[str, Any]]:
     weights = {"vtc": 0.0, "vtm": 0.0, "mlm": 0.0, "mvm": 0.0}
     weights = {"vtc": 1.0, "vtm": 1.0, "mlm": 1.0, "mvm": 1.0} if name == "all" else weights
     if name != "all":
-        weights["vtc" if name == "sigmoid" else name] = 1.0
-    loss_config = LossConfig(**weights, contrastive="sigmoid" if name == "sigmoid" else "infonce")
+        weights["vtc" if name in ("sigmoid", "pieces") else name] = 1.0
+    # "pieces" and "all" hold two or three rows of similarities at once
+    rows = {"pieces": 3, "all": 2}.get(name, 0)
+    contrastive: Literal["infonce", "sigmoid"] = "sigmoid" if name == "sigmoid" else "infonce"
+    loss_config = LossConfig(**weights, contrastive=contrastive, contrastive_rows=rows)
     config = small_config(frames, min(frames, 2))
     # double precision: what differs is then a mistake and not rounding
     module = Pretraining(small_model(config), loss_config).double()

@@ -6,12 +6,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.losses import LossConfig
 from smaug_ds.model.frame_selector import SelectorConfig
 from smaug_ds.model.language import TextConfig
 from smaug_ds.model.pixel_decoder import PixelDecoderConfig
+from smaug_ds.model.recompute import Recompute
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.model.temporal import TemporalConfig
 from smaug_ds.model.vision import VisionConfig, normalise_pixels, patchify, unpatchify
@@ -67,15 +70,21 @@ def test_selector_learns_from_the_fusion() -> None:
         assert parameter.grad is not None and (parameter.grad.abs().max() > 0 or key == "project_out.bias"), key
 
 
+def checkpointed(every: int, what: Recompute, dropout: float) -> ModelConfig:
+    config = small_config(frames=3, frames_kept=2, checkpoint_every=every, checkpoint_what=what)
+    text = dataclasses.replace(config.text, checkpoint_every=every, checkpoint_what=what, dropout=dropout)
+    return dataclasses.replace(config, text=text)
+
+
 @pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("what", ["layer", "cheap"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpointing_changes_nothing(every: int, dropout: float, dtype: torch.dtype) -> None:
+def test_checkpointing_changes_nothing(every: int, what: Recompute, dropout: float, dtype: torch.dtype) -> None:
     results = []
     for checkpoint_every in (0, every):
-        config = small_config(frames=3, frames_kept=2, checkpoint_every=checkpoint_every)
-        text = dataclasses.replace(config.text, checkpoint_every=checkpoint_every, dropout=dropout)
-        module = Pretraining(small_model(dataclasses.replace(config, text=text)), LossConfig()).to(dtype)
+        config = checkpointed(checkpoint_every, what, dropout)
+        module = Pretraining(small_model(config), LossConfig()).to(dtype)
         torch.manual_seed(3)
         losses = module(random_batch(config, 4))
         losses["loss"].backward()
@@ -88,6 +97,24 @@ def test_checkpointing_changes_nothing(every: int, dropout: float, dtype: torch.
             assert gradients[key] is None, key
         else:
             assert torch.equal(gradient, gradients[key]), key
+
+
+def test_cheap_checkpointing_repeats_no_matrix_product_and_holds_less() -> None:
+    flops, held = {}, {}
+    kinds: list[tuple[int, Recompute]] = [(0, "layer"), (1, "cheap"), (1, "layer")]
+    for kind in kinds:
+        module = Pretraining(small_model(checkpointed(*kind, dropout=0.1)), LossConfig())
+        batch = random_batch(module.model.config, 4)
+        with FlopCounterMode(display=False) as counter:
+            module(batch)["loss"].backward()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = module(batch)["loss"]
+        flops[kind] = counter.get_total_flops()
+        held[kind] = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+        del loss
+    plain, cheap, whole = kinds
+    assert flops[plain] == flops[cheap] < flops[whole]
+    assert held[plain] > held[cheap] > held[whole]
 
 
 def test_partial_decoding_predicts_a_random_part_of_the_masked_patches() -> None:
@@ -208,6 +235,8 @@ def test_sizes_below_one_are_refused(section: str, name: str) -> None:
         ),
         ("text", {"dropout": 1.0}, r"model\.text\.dropout is 1\.0: it must lie in \[0, 1\)"),
         ("text", {"dropout": -0.1}, r"model\.text\.dropout is -0\.1"),
+        ("text", {"checkpoint_what": "some"}, r"model\.text\.checkpoint_what is 'some': it must be layer or cheap"),
+        ("vision", {"checkpoint_every": -1}, r"model\.vision\.checkpoint_every is -1: it must be 0 or more"),
         ("text", {"vocab_size": -1}, r"model\.text\.vocab_size is -1"),
         ("selector", {"temperature": 0.0}, r"model\.selector\.temperature is 0\.0: it must be above 0"),
     ],

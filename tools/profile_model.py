@@ -211,32 +211,44 @@ def count(module: nn.Module) -> int:
 
 
 def count_flops(config: ProfileConfig) -> dict[str, int]:
-    """Forward FLOPs of one training sample by part, captions at full length."""
+    """Forward FLOPs of one training sample by part, captions at full length, as one process computes them: its own
+    videos are the hard negatives, so each is projected once for all passes of the multi-modal encoder."""
     shape = config.model
+    length = shape.text.max_length
     with torch.device("meta"):
         model = SmaugModel(shape).train()
         frames = torch.zeros(1, shape.frames, 3, shape.vision.image_size, shape.vision.image_size, dtype=torch.uint8)
         noise = torch.zeros(1, shape.vision.patches)
-        words = torch.zeros(shape.text.max_length, dtype=torch.long)
-        packing = Packing.of([shape.text.max_length], "meta")
-        hidden = torch.zeros(round(config.mlm_probability * shape.text.max_length), shape.text.width)
+        words = torch.zeros(length, dtype=torch.long)
+        hidden = round(config.mlm_probability * length)
         flops: dict[str, int] = {}
         encoded = counted(flops, "vision encoder", lambda: model.vision(model.patchify(frames), noise))
         tokens = encoded.tokens
         if shape.frames > 1:
             tokens = counted(flops, "temporal encoder", lambda: model.temporal(encoded.tokens))
-        states = counted(flops, "text encoder", lambda: [model.text(words, packing) for _ in range(2)])[0]
+        both = Packing.of([length] * 2, "meta")  # a caption, and the same with words hidden
+        states = counted(flops, "text encoder", lambda: model.text(words.repeat(2), both))
+        # positive, hard negative text, hard negative video: each chooses its frames
+        clips, sentence = torch.zeros(3, dtype=torch.long), states[:1].repeat(3, 1)
         if shape.frames > shape.frames_kept:
-            # positive, hard negative text, hard negative video, hidden words: each chooses its frames
-            counted(flops, "frame selector", lambda: [model.look_at(tokens, packing.first(states)) for _ in range(4)])
-        seen = model.look_at(tokens, packing.first(states))
-        fused = counted(flops, "multi-modal encoder", lambda: [model.fuse(states, packing, seen) for _ in range(4)])[0]
+            counted(flops, "frame selector", lambda: model.choose_for_pairs(tokens, clips, sentence, None))
+        choice = model.choose_for_pairs(tokens, clips, sentence, None)
+        # and the masked caption, which looks at what the positive chose
+        choice = None if choice is None else choice.repeat_first(1)
+        clips, passes = torch.zeros(4, dtype=torch.long), Packing.of([length] * 4, "meta")
+        wanted = torch.zeros(3 + hidden, dtype=torch.long)
+
+        def fuse() -> Tensor:
+            seen = model.look_at_pairs(tokens, clips, choice)
+            return model.fuse(states.repeat(2, 1), passes, seen, wanted)
+
+        fused = counted(flops, "multi-modal encoder", fuse)
         visual = model.encode_frames(frames, noise)
         if visual.masked_ids is not None:
             counted(flops, "pixel decoder", lambda: model.predict_pixels(visual, frames))
-        counted(flops, "vocabulary logits", lambda: model.word_logits(hidden))
-        heads = [(model.vision_projection, tokens[:, 0, 0]), (model.text_projection, packing.first(states))]
-        heads += [(model.match_head, packing.first(fused))] * 3
+        counted(flops, "vocabulary logits", lambda: model.word_logits(fused[3:]))
+        heads = [(model.vision_projection, tokens[:, 0, 0]), (model.text_projection, states[:1])]
+        heads += [(model.match_head, fused[:3])]
         counted(flops, "projections and match head", lambda: [head(x) for head, x in heads])
     return flops
 

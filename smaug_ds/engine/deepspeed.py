@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
+from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.engine.optim import OptimConfig, parameter_groups
 
 # Top-level keys and what they hold. DeepSpeed ignores a key that it does not know, so a typo would pass in silence.
@@ -73,6 +74,7 @@ OWNED_BY_RUN_CONFIG = {
     "gradient_clipping": "optim.gradient_clip",
     "scheduler": "optim.warmup_epochs, optim.epochs and optim.min_lr",
     "activation_checkpointing": "model.vision.checkpoint_every and model.text.checkpoint_every",
+    "compile": "run.compile",
     "tensorboard": "run.log_every",
     "csv_monitor": "run.log_every",
 }
@@ -173,6 +175,8 @@ def build_engine(
     Raises ConfigError for a bad JSON, see ``load_json``.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if distributed.device().type == "cpu":
+        keep_freed_memory()
     # Its shared-memory collectives would be compiled for a minute at start-up; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)

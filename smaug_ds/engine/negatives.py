@@ -46,17 +46,26 @@ class NegativeVideos:
 
 
 @torch.no_grad()
-def draw(visual: VisualOutput, text: TextOutput, batch: Batch, scale: Tensor) -> Draw:
+def draw(visual: VisualOutput, text: TextOutput, batch: Batch, scale: Tensor, rows_at_once: int = 0) -> Draw:
     """A negative text for each video and a negative video for each text, by similarity of the embeddings.
 
-    scale: (1,) inverse temperature. Nothing waits for the device. All ranks call it.
+    scale: (1,) inverse temperature. rows_at_once: of the (B, G) similarities; 0: all. Nothing waits for the device. All
+    ranks call it.
     """
     ids, noise = batch.media_ids, batch.negative_noise
-    all_ids = distributed.all_gather(ids)
-    video_to_text = scale * visual.embedding @ distributed.all_gather(text.embedding).T
-    text_to_video = scale * text.embedding @ distributed.all_gather(visual.embedding).T
-    texts, valid_texts = losses.draw_hard_negatives(video_to_text, ids, all_ids, noise[:, 0])
-    videos, valid_videos = losses.draw_hard_negatives(text_to_video, ids, all_ids, noise[:, 1])
+    all_ids, size = distributed.all_gather(ids), rows_at_once or len(ids)
+    all_text, all_video = distributed.all_gather(text.embedding), distributed.all_gather(visual.embedding)
+
+    def drawn(anchors: Tensor, others: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        pieces = [
+            losses.draw_hard_negatives(scale * some @ others.T, some_ids, all_ids, some_noise)
+            for some, some_ids, some_noise in zip(anchors.split(size), ids.split(size), noise.split(size), strict=True)
+        ]
+        columns, valid = zip(*pieces, strict=True)
+        return torch.cat(columns), torch.cat(valid)
+
+    texts, valid_texts = drawn(visual.embedding, all_text, noise[:, 0])
+    videos, valid_videos = drawn(text.embedding, all_video, noise[:, 1])
     columns = distributed.all_gather(torch.stack([texts, videos], dim=1))
     return Draw(_send_to_host(columns), valid_texts, valid_videos)
 
@@ -68,10 +77,8 @@ def fetch(drawn: Draw, visual: VisualOutput, text: TextOutput) -> tuple[Negative
     """
     # CPU tensors: ranks tell each other without waiting for the device
     all_lengths = distributed.all_gather(torch.tensor(text.packing.lengths)).tolist()
-    columns = drawn.columns()
-    return _fetch_texts([text for text, _ in columns], text, all_lengths), _fetch_videos(
-        [v for _, v in columns], visual
-    )
+    drawn_texts, drawn_videos = (list(column) for column in zip(*drawn.columns(), strict=True))
+    return _fetch_texts(drawn_texts, text, all_lengths), _fetch_videos(drawn_videos, visual)
 
 
 def _fetch_texts(columns: list[int], text: TextOutput, all_lengths: list[int]) -> NegativeTexts:

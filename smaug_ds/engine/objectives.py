@@ -38,32 +38,37 @@ class Pretraining(nn.Module):
             text = model.encode_text(batch.input_ids, batch.lengths)
         # how many tokens there are to fuse depends on the draw: while its numbers go to the host, the device has the
         # contrast to compute and the pixels to predict
-        drawn = negatives.draw(visual, text, batch, self._scale()) if config.vtm else None
+        drawn = self._draw(visual, text, batch) if config.vtm else None
         results: dict[str, Tensor] = {}
         if config.vtc:
             results |= self._contrast(visual, text, batch)
         if config.mvm:
-            results["mvm"] = losses.mvm(*model.predict_pixels(visual, batch.frames))
+            pixels = losses.mvm(*model.predict_pixels(visual, batch.frames))
         if drawn is not None:
             results |= self._match_and_predict(visual, text, masked, drawn, batch)
         elif masked is not None:
             seen = model.look_at(visual.tokens, text.sentence, batch.frame_noise)
             results |= self._predict_words(model.fuse(masked, text.packing, seen, batch.mlm_positions), batch)
+        if config.mvm:
+            results["mvm"] = pixels
         objectives = ("vtc", "vtm", "mlm", "mvm")
         results["loss"] = sum(getattr(config, name) * results[name] for name in objectives if name in results)
         return results
 
-    def _scale(self) -> Tensor:
-        return losses.inverse_temperature(self.model.logit_scale)
+    def _draw(self, visual: VisualOutput, text: TextOutput, batch: Batch) -> Draw:
+        scale = losses.inverse_temperature(self.model.logit_scale)
+        return negatives.draw(visual, text, batch, scale, self.config.contrastive_rows)
 
     def _contrast(self, visual: VisualOutput, text: TextOutput, batch: Batch) -> dict[str, Tensor]:
         model, ids = self.model, batch.media_ids
         if self.config.contrastive == "sigmoid":
             loss = losses.vtc_sigmoid(visual.embedding, text.embedding, ids, model.logit_scale, model.logit_bias)
         else:
-            loss = losses.vtc(visual.embedding, text.embedding, ids, model.logit_scale)
+            rows = self.config.contrastive_rows
+            loss = losses.vtc(visual.embedding, text.embedding, ids, model.logit_scale, rows)
         with torch.no_grad():
-            nearest = (visual.embedding @ text.embedding.T).argmax(dim=1)
+            pieces = visual.embedding.split(self.config.contrastive_rows or len(ids))
+            nearest = torch.cat([(piece @ text.embedding.T).argmax(dim=1) for piece in pieces])
             accuracy = (ids[nearest] == ids).float().mean()
             temperature = 1 / losses.inverse_temperature(model.logit_scale)
         return {"vtc": loss, "vtc_accuracy": accuracy, "temperature": temperature.squeeze()}

@@ -23,6 +23,7 @@ from smaug_ds.data.quarantine import DataError, Failure, Ledger, merge, read_led
 from smaug_ds.data.quarantine import summary as summarise
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine import checkpoint
+from smaug_ds.engine.compiled import compile_static
 from smaug_ds.engine.deepspeed import build_engine, zero_stage
 from smaug_ds.engine.files import Retention
 from smaug_ds.engine.inspection import CHECKPOINT_BYTES
@@ -101,7 +102,10 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
         say(f"{config.run.init_from}: {taken}")
 
     # ---- engine
-    engine = build_engine(task.objective(model), config.run.deepspeed, config.optim, schedule, micro_size, accumulation)
+    objective = task.objective(model)
+    if config.run.compile:
+        compile_static(model, objective, say)
+    engine = build_engine(objective, config.run.deepspeed, config.optim, schedule, micro_size, accumulation)
     torch.manual_seed(seed * 1000 + distributed.rank())  # dropout differs between ranks
     write_configs(folder, config, engine)
 

@@ -32,6 +32,7 @@ class RunConfig:
     init_from: str | None = None  # run folder or checkpoint whose weights to start from, e.g. the single-frame stage
     deepspeed: str = "ds_configs/zero2_bf16.json"  # DeepSpeed JSON: precision, ZeRO stage, implementation of AdamW
     max_steps: int = 0  # optimizer steps of the whole run; 0: optim.epochs decides
+    compile: bool = False  # torch.compile of the parts that see no text; the first step takes minutes
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest ones; older ones are removed

@@ -35,6 +35,7 @@ class AnswerDecoder(nn.Module):
         seen, mask = question_packing.pad(questions), question_packing.mask
         packing = causal(packing)
         for layer in self.layers:
+            assert isinstance(layer, BertBlock)
             answers = layer(answers, packing, layer.cross_attention.key_value(seen), mask)
         return answers
 

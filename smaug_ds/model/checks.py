@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Metadata of a field that says nothing about the weights: the config.json of a model may lack it.
+MAY_BE_MISSING = {"may_be_missing": True}
+
 
 def require_positive(section: str, config: object, *names: str) -> None:
     """Raises ValueError for the first of the whole numbers ``names`` of ``config`` that is below 1."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from einops import repeat
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smaug_ds.model.checks import require_positive
+from smaug_ds.model.layers import ViTBlock
 from smaug_ds.model.sparsify import gumbel_top_k
 
 
@@ -50,9 +50,7 @@ class FrameSelector(nn.Module):
         self.config = config
         self.project_in = nn.Linear(visual_width + text_width, visual_width)
         mlp_ratio = config.mlp_width / visual_width
-        self.blocks = nn.ModuleList(
-            Block(visual_width, config.heads, mlp_ratio=mlp_ratio, qkv_bias=True) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(ViTBlock(visual_width, config.heads, mlp_ratio) for _ in range(config.depth))
         self.project_out = nn.Linear(visual_width, 1)
 
     def forward(self, frames: Tensor, text: Tensor, k: int, noise: Tensor | None) -> FrameChoice:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from smaug_ds.model.checks import require_heads, require_positive
-from smaug_ds.model.layers import BertBlock
+from smaug_ds.model.checks import MAY_BE_MISSING, require_heads, require_positive
+from smaug_ds.model.layers import BertBlock, Dropout
 from smaug_ds.model.packing import Packing
+from smaug_ds.model.recompute import Recompute, recomputed, require_recompute
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class TextConfig:
     max_positions: int = 512  # size of the position table
     dropout: float = 0.1  # of embeddings, attention and residuals
     checkpoint_every: int = 0  # recompute every n-th layer in the backward pass: 0 none, 1 all
+    # of such a layer, everything, or only what is cheap: norms, activations, dropout; not matrix products
+    checkpoint_what: Recompute = field(default="layer", metadata=MAY_BE_MISSING)
 
     def __post_init__(self) -> None:
         require_positive("model.text", self, "width", "mlp_width", "text_layers", "fusion_layers")
@@ -51,8 +54,7 @@ class TextConfig:
             )
         if self.max_length < 3:
             raise ValueError(f"model.text.max_length is {self.max_length}: [CLS], a word and [SEP] need 3")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"model.text.checkpoint_every is {self.checkpoint_every}: it must be 0 or more")
+        require_recompute("model.text", self.checkpoint_every, self.checkpoint_what)
 
 
 class TextEmbedding(nn.Module):
@@ -64,7 +66,7 @@ class TextEmbedding(nn.Module):
         self.position = nn.Embedding(config.max_positions, config.width)
         self.segment = nn.Embedding(2, config.width)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """(S,) -> (S, D)."""
@@ -86,7 +88,7 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, packing: Packing) -> Tensor:
         """``input_ids`` (S,) -> (S, D)."""
         x = self.embedding(input_ids, packing)
-        return run_layers(self.layers, x, packing, None, self.config.checkpoint_every)
+        return run_layers(self.layers, x, packing, None, self.config)
 
 
 class MultiModalEncoder(nn.Module):
@@ -118,12 +120,15 @@ class MultiModalEncoder(nn.Module):
         if weights is None:
             everything = [keys_values.index_select(0, flat) for keys_values in self.project(visual)]
         else:
-            everything = [_weighted(layer.cross_attention.key_value, visual, flat, weights) for layer in self.layers]
+            everything = [_weighted(projection, visual, flat, weights) for projection in self._projections()]
         return [_side_by_side(keys_values, texts, chosen) for keys_values in everything]
 
     def project(self, visual: Tensor) -> list[Tensor]:
         """``visual`` (B, M, Dv) -> keys and values (B, M, 2 D) of each layer."""
-        return [layer.cross_attention.key_value(visual) for layer in self.layers]
+        return [projection(visual) for projection in self._projections()]
+
+    def _projections(self) -> list[nn.Linear]:
+        return [cast(BertBlock, layer).cross_attention.key_value for layer in self.layers]
 
     def forward(
         self, states: Tensor, packing: Packing, seen: Sequence[Tensor] | None, rows: Tensor | None = None
@@ -132,7 +137,7 @@ class MultiModalEncoder(nn.Module):
 
         With ``rows`` (R,) only these tokens of the result, (R, D): the last layer leaves the others out.
         """
-        return run_layers(self.layers, states, packing, seen, self.config.checkpoint_every, rows)
+        return run_layers(self.layers, states, packing, seen, self.config, rows)
 
 
 def _side_by_side(keys_values: Tensor, texts: int, chosen: int) -> Tensor:
@@ -152,18 +157,19 @@ def run_layers(
     x: Tensor,
     packing: Packing,
     seen: Sequence[Tensor] | None,
-    every: int,
+    config: TextConfig,
     rows: Tensor | None = None,
 ) -> Tensor:
     """``x`` (S, D) through all ``layers``, the last one for ``rows`` (R,) alone if they are given; every n-th layer is
     recomputed in the backward pass."""
+    every = config.checkpoint_every
     for number, layer in enumerate(layers, start=1):
         assert isinstance(layer, BertBlock)
         keys_values = None if seen is None else seen[number - 1]
-        last = rows is not None and number == len(layers)
-        function = functools.partial(layer.of_rows, rows=rows) if last else layer
+        last = number == len(layers)
+        function = functools.partial(layer.of_rows, rows=rows) if last and rows is not None else layer
         if every and number % every == 0 and torch.is_grad_enabled():
-            x = checkpoint(function, x, packing, keys_values, use_reentrant=False)
+            x = recomputed(config.checkpoint_what, function, x, packing, keys_values)
         else:
             x = function(x, packing, keys_values)
     return x
@@ -181,4 +187,11 @@ class WordHead(nn.Module):
     def forward(self, states: Tensor, word_embedding: Tensor) -> Tensor:
         """``states`` (R, D) of the places to predict, ``word_embedding`` (vocabulary, D) -> (R, vocabulary)."""
         x = self.norm(F.gelu(self.transform(states)))
-        return F.linear(x, word_embedding, self.bias)
+        if x.device.type != "cpu" or len(x) > _FEW_ROWS:
+            return F.linear(x, word_embedding, self.bias)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.to(word_embedding.dtype), word_embedding, self.bias)
+
+
+# Up to so many rows a CPU spends longer on casting the whole vocabulary's weights and their gradient than it wins.
+_FEW_ROWS = 64

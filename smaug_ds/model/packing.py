@@ -82,5 +82,5 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
 
 def to_device(index: Tensor, device: torch.device | str) -> Tensor:
     """``index`` on ``device``; a copy from pinned memory does not wait for a GPU."""
-    pinned = index.pin_memory() if torch.device(device).type == "cuda" else index
+    pinned = index.pin_memory() if torch.device(device).type == "cuda" and len(index) else index
     return pinned.to(device, non_blocking=True)

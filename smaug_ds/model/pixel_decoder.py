@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smaug_ds.model.checks import require_heads, require_positive
-from smaug_ds.model.layers import gather_tokens
+from smaug_ds.model.layers import ViTBlock, gather_tokens
 from smaug_ds.model.positions import grid_positions
 
 
@@ -41,7 +40,7 @@ class PixelDecoder(nn.Module):
         self.project_in = nn.Linear(encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.empty(config.width))
         self.position_embedding = nn.Parameter(torch.empty(patches, config.width))
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, qkv_bias=True) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(ViTBlock(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.project_out = nn.Linear(config.width, 3 * patch_size**2)
 
@@ -54,15 +53,17 @@ class PixelDecoder(nn.Module):
         """Pixels of the patches ``predict_ids``.
 
         tokens: (B, K, D) without class token. kept_ids: (B, K) their patches; the id N (a fused token, which has no
-        place) is left out. visible_ids: (B, V) or None; with it only visible and predicted patches are decoded,
-        without it all N. predict_ids: (B, M). Returns (B, M, 3 P P).
+        place) is left out. predict_ids: (B, M). visible_ids: (B, V) patches that are decoded beside them, because the
+        others can learn from them; None: there are none but the predicted ones. Returns (B, M, 3 P P).
         """
         grid = self._place(self.project_in(tokens), kept_ids) + self.position_embedding  # (B, N, W)
-        if visible_ids is None:
-            x = self._decode(grid)
-            return self.project_out(gather_tokens(x, predict_ids))
-        x = self._decode(gather_tokens(grid, torch.cat([predict_ids, visible_ids], dim=1)))
-        return self.project_out(x[:, : predict_ids.shape[1]])
+        decoded = predict_ids if visible_ids is None else torch.cat([predict_ids, visible_ids], dim=1)
+        x = gather_tokens(grid, decoded)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        # what is to be predicted came first: the last block computes nothing else
+        x = self.blocks[-1](x, predict_ids.shape[1])
+        return self.project_out(self.norm(x))
 
     def _place(self, tokens: Tensor, kept_ids: Tensor) -> Tensor:
         """Kept tokens at their places, the mask token at all others. (B, K, W) -> (B, N, W)."""
@@ -71,11 +72,6 @@ class PixelDecoder(nn.Module):
         grid = self.mask_token.to(tokens.dtype).expand(rows, patches + 1, -1)
         places = kept_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
         return grid.scatter(1, places, tokens)[:, :patches]
-
-    def _decode(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
 
 
 def pixel_targets(patches: Tensor, config: PixelDecoderConfig) -> Tensor:

@@ -165,16 +165,19 @@ def require_same(source: Path, shapes: Mapping[str, tuple[int, ...]], model: nn.
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """A dataclass from nested plain values; every field has to be there, and nothing else."""
+    """A dataclass from nested plain values; every field that shapes the model has to be there, and nothing else."""
     hints = get_type_hints(cls)
+    optional = {item.name for item in dataclasses.fields(cls) if item.metadata.get("may_be_missing")}
     for key in values:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             raise ValueError(f"unknown key {prefix}{key}" + (f" ({prefix}{close[0]}?)" if close else ""))
-    if missing := [key for key in hints if key not in values]:
+    if missing := [key for key in hints if key not in values and key not in optional]:
         raise ValueError(f"{prefix}{missing[0]} is missing")
     arguments = {}
     for key, hint in hints.items():
+        if key not in values:
+            continue
         value = values[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):

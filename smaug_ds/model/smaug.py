@@ -202,7 +202,7 @@ class SmaugModel(Pretrained):
         return self._project_text(self.text(input_ids, packing), packing)
 
     def encode_twice(self, input_ids: Tensor, masked_ids: Tensor, lengths: Sequence[int]) -> tuple[TextOutput, Tensor]:
-        """Captions (S,) as ``encode_text`` has them, and the states (S, D) of the same with words hidden, in one pass."""
+        """Captions (S,) as ``encode_text`` has them, and the states (S, D) of the same with words hidden."""
         packing = Packing.of(lengths, input_ids.device)
         both = Packing.of([*lengths, *lengths], input_ids.device)
         clean, masked = self.text(torch.cat([input_ids, masked_ids]), both).chunk(2)
@@ -222,7 +222,7 @@ class SmaugModel(Pretrained):
         share = self.config.decoder.predicted_share
         count = max(1, round(share * visual.masked_ids.shape[1]))
         predict_ids = visual.masked_ids[:, :count]
-        prediction = self._decode(visual, predict_ids, visual.visible_ids if share < 1 else None)
+        prediction = self._decode(visual, predict_ids, visual.visible_ids)
         targets = self.pixel_targets(frames)
         wanted = repeat(predict_ids, "b m -> b t m p", t=frames.shape[1], p=targets.shape[-1])
         return prediction, targets.gather(2, wanted)

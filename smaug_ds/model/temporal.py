@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smaug_ds.model.checks import require_positive
-from smaug_ds.model.layers import silence_residual
+from smaug_ds.model.layers import ViTBlock, silence_residual
 from smaug_ds.model.positions import sine_cosine
 
 
@@ -33,7 +32,7 @@ class TemporalEncoder(nn.Module):
     def __init__(self, config: TemporalConfig, width: int, frames: int):
         super().__init__()
         self.position_embedding = nn.Parameter(torch.empty(frames, width))
-        self.blocks = nn.ModuleList(Block(width, config.heads, qkv_bias=True) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(ViTBlock(width, config.heads) for _ in range(config.depth))
 
     def init_weights(self) -> None:
         """Positions small, blocks silent: the multi-frame stage starts close to what the single-frame stage has learnt.

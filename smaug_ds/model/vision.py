@@ -6,17 +6,17 @@ D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from smaug_ds.model.checks import require_heads, require_positive
+from smaug_ds.model.checks import MAY_BE_MISSING, require_heads, require_positive
 from smaug_ds.model.layers import ClipBlock, gather_tokens
 from smaug_ds.model.positions import grid_positions
+from smaug_ds.model.recompute import Recompute, recomputed, require_recompute
 from smaug_ds.model.sparsify import keep_and_fuse, kept_count, random_mask, visible_count
 
 # CLIP's pixel statistics, per channel of an image in [0, 1].
@@ -41,6 +41,8 @@ class VisionConfig:
     sparsify_layers: tuple[int, ...] = (4, 7, 10)  # layers, counted from 1, that drop tokens between attention and MLP
     sparsify_at_inference: bool = True  # drop tokens at inference, too
     checkpoint_every: int = 0  # recompute every n-th layer in the backward pass: 0 none, 1 all
+    # of such a layer, everything, or only what is cheap: norms, activations, dropout; not matrix products
+    checkpoint_what: Recompute = field(default="layer", metadata=MAY_BE_MISSING)
 
     def __post_init__(self) -> None:
         require_positive("model.vision", self, "image_size", "patch_size", "width", "depth", "mlp_width")
@@ -69,8 +71,7 @@ class VisionConfig:
                 )
         if len(set(self.sparsify_layers)) < len(self.sparsify_layers):
             raise ValueError(f"model.vision.sparsify_layers is {list(self.sparsify_layers)}: name each layer once")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"model.vision.checkpoint_every is {self.checkpoint_every}: it must be 0 or more")
+        require_recompute("model.vision", self.checkpoint_every, self.checkpoint_what)
 
     @property
     def patches(self) -> int:
@@ -172,7 +173,7 @@ class VisionEncoder(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             drops = sparse and number in self.config.sparsify_layers
             if every and number % every == 0 and torch.is_grad_enabled():
-                x, ids = checkpoint(self._layer, layer, x, ids, drops, use_reentrant=False)
+                x, ids = recomputed(self.config.checkpoint_what, self._layer, layer, x, ids, drops)
             else:
                 x, ids = self._layer(layer, x, ids, drops)
             if drops:
