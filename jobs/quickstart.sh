@@ -45,9 +45,8 @@ python tools/prepare_corpus.py ${data:+--data "$data"} ${media_root:+--media-roo
     ${clips:+--clips "$clips"} --out "$out" --ranks "$ranks" --workers "$(nproc)"
 corpus=(); while IFS= read -r line; do corpus+=("$line"); done < "$out/corpus.args"
 
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 launch() { # stage, further key=value: starts or resumes it under the launcher, unless it is finished
-    local stage=$1 settings
+    local stage=$1 settings code=0
     shift
     settings=$(cat "jobs/experiments/quickstart_$stage.yaml"; printf '%s\n' "${corpus[@]}" "$@" "${overrides[@]}")
     if [ -f "$out/$stage/summary.json" ] && [ "$(cat "$out/$stage/finished.with" 2>/dev/null)" = "$settings" ]; then
@@ -55,9 +54,10 @@ launch() { # stage, further key=value: starts or resumes it under the launcher, 
         began=() # the report then adds up what the stages took
         return
     fi
-    deepspeed --log_level error --num_gpus "$ranks" --master_port "$port" --module smaug_ds.pretrain \
-        --config "jobs/experiments/quickstart_$stage.yaml" run.folder="$out/$stage" \
-        "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}"
+    TASK=pretrain RUN=$out/$stage RANKS=$ranks RESTARTS=0 PREFLIGHT=0 bash jobs/launch_local.sh \
+        --config "jobs/experiments/quickstart_$stage.yaml" "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}" || code=$?
+    [ $code != 85 ] || echo "== stopped and saved: the same command goes on from here"
+    [ $code = 0 ] || exit $code
     printf '%s\n' "$settings" > "$out/$stage/finished.with"
 }
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str], program: str) -> None:
             text = dataclasses.replace(text, vocab_size=BERT_VOCABULARY)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     parameters, flops = count_parameters(config.model), count_flops(config)
     print_table(config, parameters, flops)
     if args.json:
