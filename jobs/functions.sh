@@ -24,7 +24,7 @@ CONTAINER=${CONTAINER:-} BIND=${BIND:-}
 stopping="" child="" hosts=() rank_logs=() container=()
 export TASK RUN NETWORK CONTAINER
 
-enter_container() { # fills `container` with what stands before a command, or among srun's options, to run it in the image
+enter_container() { # [srun]: fills `container` with what stands before a command, or among srun's options, to run it there
     local folder name folders mounts=()
     [ -n "$CONTAINER" ] || return 0
     IFS=, read -ra folders <<< "$PWD,$RUN${BIND:+,$BIND}"
@@ -34,7 +34,7 @@ enter_container() { # fills `container` with what stands before a command, or am
                 [[ $folder == *:* ]] || folder=$folder:$folder
                 mounts+=("$folder")
             done
-            if [ -n "${SLURM_JOB_ID:-}" ]; then
+            if [ "${1:-}" = srun ]; then
                 container=(--container-image="$CONTAINER" --container-workdir="$PWD"
                     --container-mounts="$(IFS=,; echo "${mounts[*]}")")
                 return
@@ -91,12 +91,14 @@ require_port() { # PORT: ends here, and not in a time-out of all ranks, where it
 }
 
 record() { # FOLDER: what runs, and where
+    local inside=("${container[@]}")
+    case ${container[0]:-} in --*) inside=(srun --nodes=1 --ntasks=1 "${container[@]}") ;; esac
     {
         date --iso-8601=seconds
         uname -a
         git describe --always --dirty
-        python --version
-        python -m pip freeze
+        "${inside[@]}" python --version
+        "${inside[@]}" python -m pip freeze
         nvidia-smi -L
         env | grep -E '^(SLURM|CUDA|NCCL|GLOO|TORCH|DS_|OMP_|TASK=|RUN=|CONTAINER=)' | sort
     } > "$1/environment.txt" 2>&1 || true
@@ -211,7 +213,7 @@ slurm_job() { # sets up what the ranks of a SLURM job need to meet
     export HOSTS=$RUN/logs/hosts.$SLURM_JOB_ID MASTER_ADDR=${names[0]} # the first node, where this runs, leads
     printf "%s slots=$ranks\n" "${names[@]}" > "$HOSTS"
     hosts=(--hosts "$(IFS=,; echo "${names[*]}")")
-    enter_container
+    enter_container srun
     if end=$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s 2>/dev/null); then
         export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$end} # from SLURM itself in newer versions
     fi

@@ -84,7 +84,7 @@ def test_the_run_folder_follows_the_task() -> None:
             ["apptainer", "exec", "--nv", "--bind", f"{ROOT},/run,/data,/x:/y", "--pwd", str(ROOT), "docker://a/b"],
         ),
         (
-            {"CONTAINER": "a.sqsh", "BIND": "/data,/x:/y", "SLURM_JOB_ID": "7"},
+            {"CONTAINER": "a.sqsh", "BIND": "/data,/x:/y", "BY": "srun"},
             [
                 "--container-image=a.sqsh",
                 f"--container-workdir={ROOT}",
@@ -94,7 +94,7 @@ def test_the_run_folder_follows_the_task() -> None:
     ],
 )
 def test_what_runs_in_an_image(variables: dict[str, str], words: list[str]) -> None:
-    done = bash('enter_container; printf "%s\\n" "${container[@]}"', RUN="/run", **variables)
+    done = bash('enter_container "${BY:-}"; printf "%s\\n" "${container[@]}"', RUN="/run", **variables)
     assert done.stdout.split("\n")[:-1] == (words or [""]), done.stderr
 
 
