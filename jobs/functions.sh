@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2034
 # What the job scripts share. Source it from bash, in the checkout. Each script says which of these variables it takes:
 #   TASK          pretrain, finetune or evaluate (pretrain)
-#   RUN           run folder, on storage that all hosts share (runs/TASK); passed on as run.folder, or to evaluate as
-#                 --checkpoint
+#   RUN           run folder, on storage that all hosts share (runs/TASK); passed on as run.folder, or to evaluate, where it
+#                 may be a checkpoint in it, as --checkpoint
 #   RESTARTS      times that a run is started again after a crash or a hang, from its last checkpoint (3)
 #   PREFLIGHT     0: do not look at the hosts before each start (1)
 #   JOIN_SECONDS  to wait for a host that does not come, or does not answer (300)
@@ -19,6 +19,8 @@ case $TASK in
     *) fail "TASK is $TASK: it has to be pretrain, finetune or evaluate" ;;
 esac
 RUN=$(realpath -m "$RUN")
+checkpoint=$RUN
+[ "$TASK" != evaluate ] || RUN=${RUN%/checkpoints/*} # the logs' place
 RESTARTS=${RESTARTS:-3} PREFLIGHT=${PREFLIGHT:-1} JOIN_SECONDS=${JOIN_SECONDS:-300} NETWORK=${NETWORK:-}
 CONTAINER=${CONTAINER:-} BIND=${BIND:-}
 stopping="" child="" hosts=() rank_logs=() container=()
@@ -168,10 +170,14 @@ look() { # ATTEMPT ARGUMENT ...: the look at the hosts before a start
 
 # Runs `start MODULE ARGUMENT ...`, which a script defines, until the run is finished, told to stop, or crashes too often.
 keep_running() { # ARGUMENT ...: those of smaug_ds.TASK
-    local attempt code
+    local attempt code argument
     if [ "$TASK" = evaluate ]; then
-        set -- --checkpoint "$RUN" "$@"
+        set -- --checkpoint "$checkpoint" "$@"
     else
+        for argument in "$@"; do
+            [[ $argument != run.folder=* ]] || [ "$(realpath -m "${argument#*=}")" = "$RUN" ] ||
+                fail "$argument, but RUN is $RUN: leave out run.folder, which follows RUN"
+        done
         set -- "$@" run.folder="$RUN"
         rm -f "$RUN/stop" || fail "$RUN/stop cannot be removed"
     fi

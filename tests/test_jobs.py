@@ -69,6 +69,11 @@ def test_the_run_folder_follows_the_task() -> None:
     assert bash('echo "$TASK $RUN"').stdout == f"pretrain {ROOT}/runs/pretrain\n"
     assert bash('echo "$TASK $RUN"', TASK="finetune").stdout == f"finetune {ROOT}/runs/finetune\n"
     assert bash('echo "$RUN"', RUN="/a/../b").stdout == "/b\n"
+    checkpoint = {"TASK": "evaluate", "RUN": "/a/checkpoints/step_7"}
+    assert bash('echo "$RUN $checkpoint"', **checkpoint).stdout == "/a /a/checkpoints/step_7\n"
+    done = bash("keep_running run.max_steps=3 run.folder=/c", RUN="/b")
+    told = "error: run.folder=/c, but RUN is /b: leave out run.folder, which follows RUN\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 @pytest.mark.parametrize(
