@@ -46,7 +46,6 @@ python tools/prepare_corpus.py ${data:+--data "$data"} ${media_root:+--media-roo
     ${clips:+--clips "$clips"} --out "$out" --ranks "$ranks" --workers "$(nproc)"
 corpus=(); while IFS= read -r line; do corpus+=("$line"); done < "$out/corpus.args"
 
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 launch() { # stage, further key=value: starts or resumes it under the launcher, unless it is finished
     local stage=$1 settings code=0
     shift
@@ -56,6 +55,7 @@ launch() { # stage, further key=value: starts or resumes it under the launcher, 
         began=() # the report then adds up what the stages took
         return
     fi
+<<<<<<< HEAD
     RUN=$(realpath -m "$out/$stage")
     mkdir -p "$RUN"
     rm -f "$RUN/stop"
@@ -65,6 +65,12 @@ launch() { # stage, further key=value: starts or resumes it under the launcher, 
         "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}" || code=$?
     trap - TERM INT USR1
     [ $code = 0 ] || { [ $code != 85 ] || echo "== stopped and saved: the same command goes on from there"; exit $code; }
+=======
+    TASK=pretrain RUN=$out/$stage RANKS=$ranks RESTARTS=0 PREFLIGHT=0 bash jobs/launch_local.sh \
+        --config "jobs/experiments/quickstart_$stage.yaml" "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}" || code=$?
+    [ $code != 85 ] || echo "== stopped and saved: the same command goes on from here"
+    [ $code = 0 ] || exit $code
+>>>>>>> launch
     printf '%s\n' "$settings" > "$out/$stage/finished.with"
 }
 

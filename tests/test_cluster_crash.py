@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from smaug_ds.engine.preempt import EXIT_CODE
-from tests.cluster.runs import arguments, await_step, end, figures, finish, launch_local, rank_process
+from tests.cluster.runs import PATIENCE, arguments, await_step, end, figures, finish, launch_local, rank_process
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -67,3 +68,20 @@ def test_a_signal_to_the_script_saves_and_the_next_start_goes_on(
     finally:
         end(process)
     assert figures(folder) == figures(whole_run)
+
+
+def test_an_evaluation_that_is_told_to_stop_ends_at_once(whole_run: Path) -> None:
+    before = {path.name for path in (whole_run / "logs").iterdir()}
+    process = launch_local(whole_run, [], TASK="evaluate", PREFLIGHT="0")
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not (logs := [path for path in whole_run.glob("logs/*/*_rank1.log") if path.parent.name not in before]):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        end(process)
+    assert process.returncode not in (0, 85) and "== told to stop: ended at once" in output
+    assert f"after start 0; logs in {logs[0].parent}" in output
+    assert not (whole_run / "stop").exists()  # which a run in that folder would obey

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _import(options) if options.action == "import" else _export(options)
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
 
 
 def _export(options: argparse.Namespace) -> None:

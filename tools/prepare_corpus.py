@@ -46,7 +46,7 @@ def main() -> None:
         settings = prepare(args.data, args.media_root, args.out, args.clips, args.workers)
         settings |= batch_sizes(settings, args.ranks)
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     (args.out / "corpus.args").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
 
 

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str], program: str) -> None:
         rows = [row for row in ROWS if row.table in names]
         report = ablate(config, rows, args, told) if args.steps else count(config, rows, told)
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     write(report, args)
 
 

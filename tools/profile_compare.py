@@ -47,7 +47,7 @@ def main(arguments: Sequence[str], program: str) -> None:
         print(describe(told), flush=True)
         report = compare(config, args.peer, args.turns, args.steps, args.warmup, told)
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     write(report, args)
 
 

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str], program: str) -> None:
     try:
         config = parse(DataConfig, None, args.overrides)
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     told = conditions(to_dict(config))
     print(describe(told))
     with tempfile.TemporaryDirectory(prefix="profile.") as name:

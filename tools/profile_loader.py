@@ -92,7 +92,7 @@ def main(arguments: Sequence[str], program: str) -> None:
             else:
                 figures = [profile_case(case, profile, wanted, args.nvdec_rate, scratch) for case in cases]
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     if args.json:
         args.json.write_text(json.dumps({**told, "figures": figures}, indent=1) + "\n", encoding="utf-8")
 

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str], program: str) -> None:
             bars = [Bar(name, flops.get(name, 0) / 1e9, f"{flops.get(name, 0) / 1e9:.2f}") for name in parameters]
             report = Report(told, "model", "forward GFLOPs of a sample", bars=bars, further=further)
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     write(report, args)
 
 

@@ -34,7 +34,7 @@ from smaug_ds.model import layers
 from smaug_ds.model.language import MultiModalEncoder
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from tools.profile_machine import conditions, describe
-from tools.profile_model import BERT_VOCABULARY
+from tools.profile_step import BERT_VOCABULARY
 
 # Tokens of captions, [CLS] and [SEP] included, as short and as varied as those of MSR-VTT's training set.
 SHORT_CAPTIONS = (9, 12, 8, 11, 14, 10, 9, 16)
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str], program: str) -> None:
                 raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
         config = parse(SavingsConfig, None, [f"model.size={args.size}", *frames, *args.overrides])
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     told = conditions({**dataclasses.asdict(config), **{key: str(value) for key, value in vars(args).items()}})
     print(describe(told))
     keep_freed_memory()

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str], program: str) -> None:
         with tempfile.TemporaryDirectory(prefix="profile.") as scratch:
             report = train(args, Path(scratch))
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.exit(2, f"error: {error}\n")
     write(report, args)
 
 

@@ -23,7 +23,10 @@ def main() -> None:
     parser.add_argument("--started", type=float, help="when the whole job began; default: the sum of the stages counts")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    report = join([read_summary(run) for run in args.runs])
+    try:
+        report = join([read_summary(run) for run in args.runs])
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
     if args.started is not None:
         report["wall_seconds"] = round(time.time() - args.started, 1)
     report["pictures"] = sorted(str(path) for path in args.pictures.glob("*.png")) if args.pictures else []
@@ -32,9 +35,10 @@ def main() -> None:
 
 
 def read_summary(run: Path) -> dict:
+    """What the run left. Raises ValueError when it left nothing."""
     path = run / "summary.json"
     if not path.exists():
-        raise SystemExit(f"error: {path} does not exist: the run has not finished")
+        raise ValueError(f"{path} does not exist: the run has not finished")
     return json.loads(path.read_text())
 
 

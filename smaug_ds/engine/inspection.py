@@ -1,4 +1,4 @@
-"""What a rank finds about its host before a run, and what all findings together say: the inner part of a preflight."""
+"""What a run or an evaluation needs of its hosts, and what a rank finds of it on its own."""
 
 from __future__ import annotations
 
@@ -12,32 +12,82 @@ import shutil
 import socket
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import smaug_ds
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError, naming, parse, to_dict
+from smaug_ds.config import ConfigError, naming, to_dict
+from smaug_ds.data.config import DataConfig
 from smaug_ds.data.dali import choose_decoder
 from smaug_ds.data.index import ShardIndex
 from smaug_ds.data.mixture import training_folders
 from smaug_ds.engine import checkpoint
+from smaug_ds.engine.finetuning import FinetuneConfig
 from smaug_ds.engine.resume import flat
 from smaug_ds.engine.train import PretrainConfig
-from smaug_ds.model.smaug import SmaugModel
+from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.text import Tokenizer
 
 GROUPS = ("code", "config", "data", "run folder", "accelerator", "decoder", "clock")
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "av", "transformers", "timm", "numpy")
-SKEW_SECONDS = 10.0  # that clocks may differ: a run stops before its job's end by them
 CHECKPOINT_BYTES = 20  # per parameter: weights as DeepSpeed's and as safetensors, fp32 copy, two moments of AdamW
 SHARED_SECONDS = 15.0  # until a network file system shows one host what another wrote
+PACE_SECONDS = 0.3  # of multiplying matrices
 _SEAL = ".preflight"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run or an evaluation asks of each host."""
+
+    settings: Any  # dataclasses; the same on all hosts
+    data: DataConfig  # of them
+    model: ModelConfig  # of them
+    files: tuple[tuple[str, str], ...]  # setting and file that it names; the same contents on all hosts
+    shards: Callable[[], list[str]]  # folders of indexed shards that are read; may raise ConfigError
+    folder: Path  # that it writes into; the same folder on all hosts
+    folder_key: str  # the setting that it comes from
+    checkpoints: int = 0  # that have to find room in the folder
+
+    @classmethod
+    def of_run(cls, config: PretrainConfig) -> Needs:
+        """Those of pre-training or fine-tuning. Raises ConfigError where ``run.init_from`` cannot be read."""
+        files = [("run.deepspeed", config.run.deepspeed), ("data.tokenizer", config.data.tokenizer)]
+        if config.data.corpus:
+            files.append(("data.corpus", config.data.corpus))
+        if isinstance(config, FinetuneConfig):
+            asked = config.questions
+            files += [("questions.train", path) for path in asked.train]
+            files += [("questions.test", path) for path in asked.test]
+            files += [("questions.answer_list", path) for path in [asked.answer_list] if path]
+        if config.run.init_from:
+            with naming("run.init_from"):
+                checkpoint.find(config.run.init_from)
+        folder = Path(config.run.folder)
+        present = len(list((folder / "checkpoints").glob("step_*")))
+        return cls(
+            settings=config,
+            data=config.data,
+            model=config.model,
+            files=tuple(files),
+            shards=lambda: trained_and_tested_on(config.data),
+            folder=folder,
+            folder_key="run.folder",
+            checkpoints=max(1, config.run.keep_checkpoints + 1 - present),  # written before the oldest is removed
+        )
+
+
+def trained_and_tested_on(data: DataConfig) -> list[str]:
+    """Folders of shards. Raises ConfigError when there are none."""
+    if folders := [*training_folders(data), *data.test]:
+        return folders
+    raise ConfigError("neither data.train nor data.corpus is set")
 
 
 @dataclass
@@ -62,20 +112,24 @@ class Facts:
 
 
 class Inspection:
-    """One rank's look around."""
+    """One rank's look around.
 
-    def __init__(self, rank: int, local_rank: int, config_file: str | None, overrides: Sequence[str]) -> None:
+    read: makes out of the command line what is needed; ConfigError, ValueError and OSError become problems of the
+        group "config".
+    """
+
+    def __init__(self, rank: int, local_rank: int, read: Callable[[], Needs]) -> None:
         self._facts = Facts(rank, socket.gethostname())
         self._first_of_host = local_rank == 0
-        self._config: PretrainConfig | None = None
+        self._needs: Needs | None = None
         with self._facts.noting("config"):
-            self._config = parse(PretrainConfig, config_file, overrides)
+            self._needs = read()
 
     @contextmanager
     def seal(self) -> Iterator[str]:
         """Within it a file in the run folder holds the text that is returned: other hosts have to see it."""
         text = f"{self._facts.host} {os.getpid()} {time.time()}"
-        path = Path(self._config.run.folder) / _SEAL if self._config else None
+        path = self._needs.folder / _SEAL if self._needs else None
         with contextlib.suppress(OSError):  # found again, and told, by ``facts``
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +141,7 @@ class Inspection:
 
     def facts(self, clock: float, seal: str) -> Facts:
         """All that can be found out alone. seal: what the main rank has put into the run folder."""
-        facts, config = self._facts, self._config
+        facts, needs = self._facts, self._needs
         facts.clock = clock
         with facts.noting("accelerator"):
             facts.shown["accelerator"] = accelerator()
@@ -95,28 +149,23 @@ class Inspection:
         if not self._first_of_host:
             return facts
         facts.marks["code"] = code()
-        if config is None:
+        if needs is None:
             return facts
-        facts.marks["config"] = {key: str(value) for key, value in flat(to_dict(config)).items()}
-        with facts.noting("config"):
-            facts.marks["config"] |= files(config)
-        for folder in self._data_folders(config):
-            with facts.noting("data"):
-                facts.marks.setdefault("data", {})[folder] = shards(folder)
+        facts.marks["config"] = {key: str(value) for key, value in flat(to_dict(needs.settings)).items()}
+        for key, path in needs.files:
+            with facts.noting("config"), naming(key):
+                facts.marks["config"][f"{path} ({key})"] = _digest(Path(path))
+        with facts.noting("data"):
+            for folder in needs.shards():
+                with facts.noting("data"):
+                    facts.marks.setdefault("data", {})[folder] = shards(folder)
         with facts.noting("run folder"):
-            facts.shown["run folder"] = run_folder(config, seal)
+            facts.shown["run folder"] = run_folder(needs, seal)
         with facts.noting("decoder"):
-            decoder = choose_decoder(config.data.decoder, distributed.device())
+            decoder = choose_decoder(needs.data.decoder, distributed.device())
             facts.shown["decoder"] = decoder.name
             facts.marks["decoder"] = {"decoder": f"{decoder.name} {' '.join(sorted(decoder.codecs))}".strip()}
         return facts
-
-    def _data_folders(self, config: PretrainConfig) -> list[str]:
-        with self._facts.noting("data"):
-            if folders := [*training_folders(config.data), *config.data.test]:
-                return folders
-            raise ConfigError("neither data.train nor data.corpus is set")
-        return []
 
 
 def accelerator() -> str:
@@ -130,6 +179,22 @@ def accelerator() -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def pace() -> float:
+    """FLOP/s of this rank's device in products of matrices; all ranks call it at the same time, as in a step."""
+    device = distributed.device()
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    matrix = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    count, began = -1, time.perf_counter()
+    while (seconds := time.perf_counter() - began) < PACE_SECONDS or count < 1:
+        torch.matmul(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        count += 1
+        if count == 0:  # the first one loads libraries
+            began = time.perf_counter()
+    return 2.0 * size**3 * count / seconds
+
+
 def code() -> dict[str, str]:
     """A hash of each of the package's source files, and the versions of what it runs on."""
     root = Path(smaug_ds.__file__).parent
@@ -141,18 +206,6 @@ def code() -> dict[str, str]:
     return sources | versions | {"python": platform.python_version()}
 
 
-def files(config: PretrainConfig) -> dict[str, str]:
-    """Hashes of the files that the settings name. Raises ConfigError where one cannot be read."""
-    marks = {}
-    for key, path in {"run.deepspeed": config.run.deepspeed, "data.tokenizer": config.data.tokenizer}.items():
-        with naming(key):
-            marks[f"the file of {key}"] = _digest(Path(path))
-    if config.run.init_from:
-        with naming("run.init_from"):
-            checkpoint.find(config.run.init_from)
-    return marks
-
-
 def shards(folder: str) -> str:
     """A hash of the folder's index, after a look at its tars. Raises ShardError or OSError for what cannot be read."""
     index = ShardIndex.open(folder)
@@ -161,14 +214,14 @@ def shards(folder: str) -> str:
     return _digest(index.folder / "index" / "manifest.json")
 
 
-def run_folder(config: PretrainConfig, seal: str) -> str:
+def run_folder(needs: Needs, seal: str) -> str:
     """What is free in the run folder, after writing into it.
 
     Raises ConfigError where it is not shared with the main rank (``seal``) or has no room, OSError where it cannot be
     written.
     """
-    folder = Path(config.run.folder)
-    with naming("run.folder"):
+    folder = needs.folder
+    with naming(needs.folder_key):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x" * 4096)
@@ -178,66 +231,28 @@ def run_folder(config: PretrainConfig, seal: str) -> str:
     while not ((folder / _SEAL).is_file() and (folder / _SEAL).read_text() == seal):
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"run.folder: {folder} does not show what {seal.partition(' ')[0]} wrote into it: it has to lie on "
-                "storage that all hosts share"
+                f"{needs.folder_key}: {folder} does not show what {seal.partition(' ')[0]} wrote into it: it has to "
+                "lie on storage that all hosts share"
             )
         time.sleep(0.1)
-    present = len(list((folder / "checkpoints").glob("step_*")))
-    wanted = max(1, config.run.keep_checkpoints + 1 - present)  # one is written before the oldest is removed
-    free, needed = shutil.disk_usage(folder).free, wanted * parameters(config) * CHECKPOINT_BYTES
+    free, needed = shutil.disk_usage(folder).free, 0
+    if needs.checkpoints:
+        needed = needs.checkpoints * parameters(needs.model, needs.data) * CHECKPOINT_BYTES
     if free < needed:
         raise ConfigError(
-            f"run.folder: {folder} has {free / 1e9:.1f} GB free, but {wanted} more checkpoints (run.keep_checkpoints "
-            f"is {config.run.keep_checkpoints}) take about {needed / 1e9:.1f} GB"
+            f"{needs.folder_key}: {folder} has {free / 1e9:.1f} GB free, but {needs.checkpoints} more checkpoints "
+            f"(run.keep_checkpoints) take about {needed / 1e9:.1f} GB"
         )
     return f"{free / 1e9:.0f} GB free"
 
 
-def parameters(config: PretrainConfig) -> int:
+def parameters(config: ModelConfig, data: DataConfig) -> int:
     """Number of the model's parameters, without making them."""
     with naming("data.tokenizer"):
-        vocab_size = Tokenizer(config.data.tokenizer).vocab_size
-    model = dataclasses.replace(config.model, text=dataclasses.replace(config.model.text, vocab_size=vocab_size))
+        vocab_size = Tokenizer(data.tokenizer).vocab_size
+    model = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in SmaugModel(model).parameters())
-
-
-def judge(facts: Sequence[Facts]) -> dict[str, dict[str, list[str]]]:
-    """What is wrong, by host and group; each text begins with the host.
-
-    Where hosts differ, most of them are right; if there are no most, the main rank's host is.
-    """
-    faults: dict[str, dict[str, list[str]]] = {fact.host: {} for fact in facts}
-
-    def blame(fact: Facts, group: str, text: str) -> None:
-        told = faults[fact.host].setdefault(group, [])
-        if f"{fact.host}: {text}" not in told:  # of several ranks of one host
-            told.append(f"{fact.host}: {text}")
-
-    for fact in facts:
-        for group, problems in fact.problems.items():
-            for problem in problems:
-                blame(fact, group, problem)
-        skew = fact.clock - facts[0].clock
-        if abs(skew) > SKEW_SECONDS:
-            blame(fact, "clock", f"the clock is {skew:+.0f} s off that of {facts[0].host}: set it by NTP")
-    for group in GROUPS:
-        told = [fact for fact in facts if group in fact.marks]
-        differing: dict[int, list[str]] = {fact.rank: [] for fact in told}
-        for name in dict.fromkeys(name for fact in told for name in fact.marks[group]):
-            values = Counter(fact.marks[group].get(name) for fact in told)
-            right = values.most_common(1)[0][0]  # of equally many the first met, which is the main rank's
-            reference = next(fact for fact in told if fact.marks[group].get(name) == right)
-            for fact in told:
-                value = fact.marks[group].get(name)
-                # what could not be read is a problem already
-                if value != right and not (value is None and fact.problems.get(group)):
-                    text = f"{name} is {value or 'absent'}, on {reference.host} {right or 'absent'}"
-                    differing[fact.rank].append(text)
-        for fact in told:
-            if texts := differing[fact.rank]:
-                blame(fact, group, texts[0] + (f" ({len(texts) - 1} more differ)" if texts[1:] else ""))
-    return faults
 
 
 def _digest(path: Path) -> str:

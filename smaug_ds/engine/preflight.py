@@ -1,20 +1,16 @@
-"""Looks, on all ranks, at what a run needs before it starts, and says which host lacks what.
+"""The meeting of all ranks before a run: each says what it finds, and hears the verdict.
 
-    deepspeed ... --module smaug_ds.engine.preflight [--join_seconds S] --config FILE key=value ...
-
-takes the arguments of ``smaug_ds.pretrain`` and the place of its ranks for some seconds. Ranks report through a store
-on the main one, so that a host whose network, file system or GPU fails is still named. Exit codes: 0 all well, 2 not.
+They report through a store on the main rank, so that a host whose network, file system or GPU fails is still named.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -22,31 +18,13 @@ import torch
 import torch.distributed as dist
 
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError, add_arguments
-from smaug_ds.engine.inspection import GROUPS, Facts, Inspection, judge
+from smaug_ds.config import ConfigError
+from smaug_ds.engine.inspection import Facts, Inspection, Needs, pace
+from smaug_ds.engine.verdict import brief, judge, slow, table
 
 LINK_BYTES = 16 << 20  # sent to measure a link
-CONNECT_SECONDS = 60.0  # that connecting all ranks and measuring links may take
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code, the same on all ranks that could be reached."""
-    parser = argparse.ArgumentParser(prog="smaug_ds.engine.preflight", description="Checks all hosts before a run.")
-    add_arguments(parser)
-    parser.add_argument(
-        "--join_seconds", type=float, default=300.0, metavar="S", help="to wait for a rank to come and to answer"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        store = join(rank, world_size, options.join_seconds)
-        meeting = Meeting(store, rank, world_size, options.join_seconds)
-        return meeting.hold(options.config, options.overrides)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        distributed.shutdown()
+CONNECT_SECONDS = 60.0  # that connecting all ranks may take
+LINK_SECONDS = 2.0  # that measuring a link may take: they are measured one by one
 
 
 def join(rank: int, world_size: int, seconds: float) -> dist.Store:
@@ -69,24 +47,34 @@ def join(rank: int, world_size: int, seconds: float) -> dist.Store:
 
 
 class Meeting:
-    """The ranks' way through a preflight: come, report, measure links, hear the verdict."""
+    """The ranks' way through a preflight: come, report, measure paces and links, hear the verdict.
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, seconds: float) -> None:
-        self.store, self.rank, self.world_size, self.seconds = store, rank, world_size, seconds
+    Args:
+        seconds: to wait for a rank to come and to answer.
+        names: of all hosts in the order of their ranks, as far as the launch script told them.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, seconds: float, names: Sequence[str] = ()
+    ) -> None:
+        self.store, self.rank, self.world_size, self.seconds, self.names = store, rank, world_size, seconds, names
         self.host = socket.gethostname()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.local_size = int(os.environ.get("LOCAL_SIZE", "1"))
 
-    def hold(self, config: str | None, overrides: Sequence[str]) -> int:
-        """Returns the exit code. Raises ConfigError when this rank is left alone."""
+    def hold(self, read: Callable[[], Needs]) -> int:
+        """Returns the exit code, 0 or 2. Raises ConfigError when this rank is left alone.
+
+        read: what the ranks need, see ``Inspection``.
+        """
         self.store.set(f"host/{self.rank}", self.host)
         try:
             if self.rank == 0:
-                verdict = self._lead(config, overrides)
+                verdict = self._lead(read)
                 self.store.set("verdict", str(verdict))
                 self._await_listeners()
                 return verdict
-            self._report(Inspection(self.rank, self.local_rank, config, overrides))
+            self._report(Inspection(self.rank, self.local_rank, read))
             self._wait("verdict", 4 * self.seconds)  # the main rank may have to wait for others, and more than once
             verdict = int(self.store.get("verdict"))
         except dist.DistError as error:
@@ -94,18 +82,19 @@ class Meeting:
         self.store.add("heard", 1)
         return verdict
 
-    def _lead(self, config: str | None, overrides: Sequence[str]) -> int:
+    def _lead(self, read: Callable[[], Needs]) -> int:
         hosts = self._collect("host")
         if missing := [rank for rank in range(self.world_size) if rank not in hosts]:
             nodes = sorted({rank // self.local_size for rank in missing})
+            absent = ", ".join(self.names[node] if self.names else f"node {node}" for node in nodes)
+            came = ", ".join(sorted(set(hosts.values())))
             return _tell(
                 [
-                    f"{len(missing)} of {self.world_size} ranks did not come in {self.seconds:g} s: nodes "
-                    f"{_brief(nodes)} counted from 0, ranks {_brief(missing)}; came: "
-                    f"{', '.join(sorted(set(hosts.values())))}"
+                    f"{len(missing)} of {self.world_size} ranks did not come in {self.seconds:g} s: those of {absent} "
+                    f"(ranks {brief(missing)}); came: {came}"
                 ]
             )
-        inspection = Inspection(self.rank, self.local_rank, config, overrides)
+        inspection = Inspection(self.rank, self.local_rank, read)
         with inspection.seal() as seal:
             self.store.set("begin", seal)
             self._report(inspection)
@@ -118,11 +107,16 @@ class Meeting:
         facts = [Facts(**json.loads(text)) for _, text in sorted(told.items())]
         found = judge(facts)
         faults += [fault for host in found.values() for group in host.values() for fault in group]
-        links = {rank: json.loads(text) for rank, text in sorted(self._collect("links", CONNECT_SECONDS).items())}
+        patience = CONNECT_SECONDS + LINK_SECONDS * len(set(hosts.values()))
+        links = {rank: json.loads(text) for rank, text in sorted(self._collect("links", patience).items())}
         faults += [f"{hosts[rank]}: {link['error']}" for rank, link in links.items() if link["error"]]
-        print(table(facts, found, {rank: link["gbit"] for rank, link in links.items()}), flush=True)
+        paces = {rank: link["pace"] for rank, link in links.items() if link["pace"]}
+        speeds = {rank: link["gbit"] for rank, link in links.items()}
+        print(table(facts, found, paces, speeds), flush=True)
         if not faults and self.world_size > 1:
             print(f"all-reduce of {LINK_BYTES >> 20} MiB by all ranks: {links[0]['seconds'] * 1000:.1f} ms", flush=True)
+        for warning in slow(hosts, paces, speeds):
+            print(f"warning: preflight: {warning}", file=sys.stderr, flush=True)
         return _tell(faults)
 
     def _report(self, inspection: Inspection) -> None:
@@ -134,10 +128,15 @@ class Meeting:
         self.store.set(f"links/{self.rank}", json.dumps(self._measure()))
 
     def _measure(self) -> dict[str, object]:
-        """Joins the process group and measures; ``error`` is empty if that went well."""
-        result: dict[str, object] = {"error": "", "seconds": 0.0, "gbit": 0.0}
+        """Joins the process group and measures; ``error`` is empty if that went well.
+
+        ``pace`` is in FLOP/s while all ranks compute, ``gbit`` per second, ``seconds`` those of an all-reduce.
+        """
+        result: dict[str, object] = {"error": "", "pace": 0.0, "seconds": 0.0, "gbit": 0.0}
         try:
             distributed.init(CONNECT_SECONDS, dist.PrefixStore("group", self.store))
+            distributed.barrier()
+            result["pace"] = pace()
             result["gbit"] = self._link()
             buffer = torch.ones(LINK_BYTES // 4, device=distributed.device())
             for _ in range(2):  # the first one sets connections up
@@ -195,36 +194,7 @@ class Meeting:
             time.sleep(0.05)
 
 
-def table(facts: Sequence[Facts], faults: dict[str, dict[str, list[str]]], speeds: dict[int, float]) -> str:
-    """One line per host: its ranks, what is well, and Gbit/s to the next host."""
-    lines = [["host", "ranks", *GROUPS, "to next host"]]
-    hosts = list(dict.fromkeys(fact.host for fact in facts))
-    for host in hosts:
-        own = [fact for fact in facts if fact.host == host]
-        shown = {**own[0].shown, "clock": f"{own[0].clock - facts[0].clock:+.2f} s"}
-        cells = ["FAILS" if faults[host].get(group) else shown.get(group, "ok") for group in GROUPS]
-        speed = speeds.get(own[0].rank, 0.0)
-        lines.append([host, _brief([fact.rank for fact in own]), *cells, f"{speed:.3g} Gbit/s" if speed else ""])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _brief(numbers: Sequence[int]) -> str:
-    """Sorted numbers with runs drawn together: 0-3, 6."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
 def _tell(faults: Sequence[str]) -> int:
     for fault in faults:
         print(f"error: preflight: {fault}", file=sys.stderr, flush=True)
     return 2 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,7 +34,7 @@ class Hosts:
     ) -> None:
         self.folder, self.mounts = folder, mounts or {}
         self.names = [f"node{number}" for number in range(1, count + 1)]
-        self._spaces = {name: f"smaug{os.getpid()}-{name}" for name in self.names}
+        self._hub, self._spaces = f"smaug{os.getpid()}-hub", {n: f"smaug{os.getpid()}-{n}" for n in self.names}
         self._addresses = {name: f"10.83.0.{number}" for number, name in enumerate(self.names, start=1)}
         self._daemons: list[subprocess.Popen] = []
         self._stack = ExitStack()
@@ -42,7 +42,7 @@ class Hosts:
     def __enter__(self) -> Hosts:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:  # what was set up is undone, too, when a later step fails
-            hub = f"smaug{os.getpid()}-hub"
+            hub = self._hub
             self._add_space(hub, stack)
             _do("ip", "-n", hub, "link", "add", "bridge", "type", "bridge")
             _do("ip", "-n", hub, "link", "set", "bridge", "up")
@@ -99,6 +99,23 @@ class Hosts:
             output, _ = process.communicate(timeout=10)
             raise AssertionError(f"{command} took longer than {timeout} s:\n{output}") from None
         return process.returncode, output
+
+    def listen(self, host: str, port: int) -> None:
+        """Takes a port of ``host`` until the end."""
+        server = f"s = socket.create_server(('0.0.0.0', {port}))"
+        script = f"import socket, time; {server}; print('on', flush=True); time.sleep(1e5)"
+        listener = self.popen(host, ["python3", "-c", script])
+        assert listener.stdout is not None and listener.stdout.readline() == "on\n"
+        self._daemons.append(listener)
+
+    def slow_down(self, host: str, rate: str) -> None:
+        """Lets ``host`` send no faster than ``rate``, as tc writes it."""
+        shape = ["tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]
+        _do("tc", "-n", self._spaces[host], "qdisc", "add", "dev", "eth0", "root", *shape)
+
+    def unplug(self, host: str) -> None:
+        """Nothing comes to ``host`` or from it any more; nobody is told."""
+        _do("ip", "-n", self._hub, "link", "set", f"v{self.names.index(host)}", "down")
 
     def start_sshd(self) -> None:
         """On every host; root may go from any to any."""
