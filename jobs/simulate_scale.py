@@ -13,6 +13,7 @@ or 2 for a setting that is wrong.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -155,7 +156,8 @@ def simulate_scale(config: PlanConfig, gpus: int, options: argparse.Namespace) -
     per_epoch = -(-int(sum(recipe.draws.values())) // batch.global_size)
     steps = Schedule.of(config.optim, per_epoch, config.run.max_steps).total_steps
     step, nodes = seconds[cluster.nodes], cluster.nodes
-    every = best_interval(steps, step, trouble, nodes)
+    waiting = dataclasses.replace(trouble, repair=0.0) if smaller else trouble  # of the closed form
+    every = best_interval(steps, step, waiting, nodes)
     generator = np.random.Generator(np.random.Philox(key=[options.seed, gpus]))
     outcomes = [
         simulate(steps, every, seconds.__getitem__, trouble, nodes, generator, smaller) for _ in range(options.runs)
@@ -172,10 +174,10 @@ def simulate_scale(config: PlanConfig, gpus: int, options: argparse.Namespace) -
         seconds_between=every * step,
         young_seconds=young(save, trouble.node_mtbf / nodes),
         daly_seconds=daly(save, trouble.node_mtbf / nodes),
-        useful_expected=steps * step / expected_seconds(steps, step, every, trouble, nodes),
+        useful_expected=steps * step / expected_seconds(steps, step, every, waiting, nodes),
         useful=float(steps * step / np.mean([outcome.seconds for outcome in outcomes])),
         useful_low=float(np.quantile(shares, 0.05)),
-        useful_by_default=steps * step / expected_seconds(steps, step, default, trouble, nodes),
+        useful_by_default=steps * step / expected_seconds(steps, step, default, waiting, nodes),
         failures=float(np.mean([outcome.failures for outcome in outcomes])),
     )
 

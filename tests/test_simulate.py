@@ -46,6 +46,7 @@ def small_order() -> Order:
         (37, Trouble(node_mtbf=4000, restart=20, save=3), 8),  # the last piece is shorter
         (10, Trouble(node_mtbf=300, restart=30, save=5), 4),  # restarts and saves fail, too
         (200, Trouble(node_mtbf=2000, restart=0, save=0), 2),
+        (15, Trouble(node_mtbf=900, restart=10, save=2, repair=50), 4),
     ],
 )
 def test_simulated_time_is_that_of_the_closed_form(every: int, trouble: Trouble, nodes: int) -> None:

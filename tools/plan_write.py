@@ -25,8 +25,8 @@ def write_script(
     Raises ConfigError for a path that cannot be written, or SLURM with ranks on CPUs of one host.
     """
     cluster = plan.machine.cluster
-    settings = [*(["--config", config] if config else []), *overrides]
-    words = " \\\n    ".join(map(shlex.quote, settings)) or "# no settings"
+    settings = [f"--config {shlex.quote(config)}"] if config else []
+    words = "".join(f" \\\n    {word}" for word in [*settings, *map(shlex.quote, overrides)])
     needed = plan.seconds * MARGIN + START_UP
     lines = [
         "#!/usr/bin/env bash",
@@ -40,14 +40,14 @@ def write_script(
         gpus = [] if cluster.on_cpu else [f"--gpus-per-node={cluster.devices}"]
         lines += [f"export RANKS_PER_NODE={cluster.devices}"] if cluster.on_cpu else []
         options = [f"--nodes={cluster.nodes}", *gpus, f"--time={slurm_time(needed)}"]
-        lines.append(f'exec sbatch {" ".join(options)} "$@" jobs/pretrain.sbatch \\\n    {words}')
+        lines.append(f'exec sbatch {" ".join(options)} "$@" jobs/pretrain.sbatch{words}')
     elif cluster.nodes == 1:
-        lines += [f"export RANKS={cluster.devices}", f"exec bash jobs/launch_local.sh \\\n    {words}"]
+        lines += [f"export RANKS={cluster.devices}", f"exec bash jobs/launch_local.sh{words}"]
     else:
         lines += [
             f': "${{HOSTS:?names a file of lines HOST slots={cluster.devices}}}"',
             f"export HOSTS NUM_NODES={cluster.nodes}",
-            f"exec bash jobs/launch_multinode.sh \\\n    {words}",
+            f"exec bash jobs/launch_multinode.sh{words}",
         ]
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -50,14 +50,15 @@ def expected_seconds(steps: int, step_seconds: float, every: int, trouble: Troub
     """Mean time of a run of ``steps`` that saves after every ``every`` of them and at its end.
 
     Exact for exponential failures (Daly 2006, equation 13): a piece of w seconds that must not be broken takes
-    M exp(R / M) (exp(w / M) - 1), with M the cluster's mean time between failures and R the restart.
+    M exp(R / M) (exp(w / M) - 1), with M the cluster's mean time between failures and R the restart; to which comes,
+    exp(w / M) - 1 times, the wait for the repair.
     """
     pieces, rest = divmod(steps, every)
     lengths = [(pieces, every * step_seconds + trouble.save), (bool(rest), rest * step_seconds + trouble.save)]
     mtbf = trouble.node_mtbf / nodes
     if math.isinf(mtbf):
         return sum(count * length for count, length in lengths)
-    again = mtbf * math.exp(trouble.restart / mtbf)
+    again = mtbf * math.exp(trouble.restart / mtbf) + trouble.repair
     return sum(count * again * math.expm1(length / mtbf) for count, length in lengths)
 
 

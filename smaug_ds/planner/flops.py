@@ -25,7 +25,7 @@ TEXT_PASSES = 2  # clean and masked caption
 # How the multi-modal encoder gets keys and values of the visual tokens: projected for each of its passes ("per pass"),
 # or once per image and layer for all of them ("shared"), those of the drawn negatives included.
 Keys = Literal["per pass", "shared"]
-KEYS: Keys = "per pass"
+KEYS: Keys = "shared"
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,15 @@ def step_flops(model: ModelConfig, loss: LossConfig, step: Step, keys: Keys = KE
     passes = 1 + bool(loss.mlm)
     captions = step.captions
     parts["text encoder"] = (
-        _every(text.text_layers, text.checkpoint_every, _caption_layer(model, captions)) * passes * batch
+        _every(
+            text.text_layers, text.checkpoint_every * (text.checkpoint_what == "layer"), _caption_layer(model, captions)
+        )
+        * passes
+        * batch
     )
     fused = 3 * bool(loss.vtm) + bool(loss.mlm)
     if step.frames > model.frames_kept:
-        parts["frame selector"] = _selector(model, step.frames) * fused * batch
+        parts["frame selector"] = _selector(model, step.frames) * (3 if loss.vtm else 1) * batch
     parts["multi-modal encoder"] = _fusion(model, step, fused, keys, tokens)
     if loss.mvm:
         parts["pixel decoder"] = _pixel_decoder(model, tokens) * clips
@@ -137,7 +141,7 @@ def vision_flops(model: ModelConfig) -> Flops:
             layer += _rank_and_fuse(tokens, kept_count(tokens, vision.keep_rate), vision.width)
             tokens = min(tokens, kept_count(tokens, vision.keep_rate) + 1)
         layer += _mlp(tokens + 1, vision.width, vision.mlp_width)
-        every = vision.checkpoint_every
+        every = vision.checkpoint_every if vision.checkpoint_what == "layer" else 0
         if every and number % every == 0:
             # but for the last product: nothing in the backward pass needs its result
             layer = _recomputed(layer, linear(tokens + 1, vision.mlp_width, vision.width))
@@ -202,13 +206,20 @@ def _fusion(model: ModelConfig, step: Step, passes: int, keys: Keys, tokens: int
         return Flops()
     seen = min(step.frames, model.frames_kept) * tokens
     crossing = linear(captions.mean, text.width, text.width) * 2 + attention(captions.longest, seen, text.width)
-    layer = _caption_layer(model, captions) + crossing
+    layer = (_caption_layer(model, captions) + crossing) * passes
+    wanted = (passes // 3) * 3 + (step.hidden if passes != 3 else 0.0)
+    # the last layer computes class tokens and hidden words alone, which attend to all
+    last = (
+        linear(passes * captions.mean, text.width, 3 * text.width)
+        + attention(wanted, captions.longest + seen, text.width)
+        + linear(wanted, text.width, text.width) * 3
+        + _mlp(wanted, text.width, text.mlp_width)
+    )
+    every = text.checkpoint_every if text.checkpoint_what == "layer" else 0
     projected = linear(projected_tokens(model, step, passes, keys, tokens), model.vision.width, 2 * text.width)
-    if keys == "shared":  # outside of what is recomputed
-        layers = _every(text.fusion_layers, text.checkpoint_every, layer) * passes * batch
-        return layers + projected * text.fusion_layers
-    whole = layer * passes * batch + projected
-    return _every(text.fusion_layers, text.checkpoint_every, whole)
+    total = _every(text.fusion_layers - 1, every, layer) * batch
+    total += (_recomputed(last) if every and text.fusion_layers % every == 0 else last) * batch
+    return total + projected * text.fusion_layers
 
 
 def projected_tokens(model: ModelConfig, step: Step, passes: int, keys: Keys, tokens: int) -> float:
@@ -219,6 +230,8 @@ def projected_tokens(model: ModelConfig, step: Step, passes: int, keys: Keys, to
     """
     if keys == "per pass":
         return step.batch * passes * min(step.frames, model.frames_kept) * tokens
+    if passes == 1 and step.frames > model.frames_kept:  # frames that nobody looks at are left out
+        return step.batch * model.frames_kept * tokens
     foreign = step.batch * (1 - 1 / step.world_size) if passes > 1 else 0.0
     return (step.batch + foreign) * step.frames * tokens
 
@@ -232,9 +245,16 @@ def _pixel_decoder(model: ModelConfig, tokens: int) -> Flops:
     decoded = vision.patches if decoder.predicted_share == 1 else visible + predicted
     return (
         linear(tokens - 1, vision.width, decoder.width)
-        + block(decoded, decoder.width, MLP_RATIO * decoder.width) * decoder.depth
+        + block(decoded, decoder.width, MLP_RATIO * decoder.width) * (decoder.depth - 1)
+        + _last_block(decoded, predicted, decoder.width)
         + linear(predicted, decoder.width, 3 * vision.patch_size**2)
     )
+
+
+def _last_block(tokens: int, wanted: int, width: int) -> Flops:
+    """A block that computes only the ``wanted`` ones of its tokens, which attend to all."""
+    attended = linear(tokens, width, 3 * width) + attention(wanted, tokens, width) + linear(wanted, width, width)
+    return attended + _mlp(wanted, width, MLP_RATIO * width)
 
 
 def _contrast(model: ModelConfig, loss: LossConfig, step: Step) -> Flops:

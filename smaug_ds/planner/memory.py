@@ -24,7 +24,7 @@ PRE_NORM_BLOCK = 8  # the same of a pre-norm layer, both halves
 # What the matching loss brings from other ranks: the visual tokens of all their clips ("all"), or those of the drawn
 # negatives ("drawn").
 Negatives = Literal["all", "drawn"]
-NEGATIVES: Negatives = "all"
+NEGATIVES: Negatives = "drawn"
 
 
 @dataclass(frozen=True)
