@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -60,6 +61,7 @@ def run_ranks(ranks: int, settings: list[str], steps: int) -> None:
 
 def _rank(rank: int, ranks: int, port: int, settings: list[str], steps: int) -> None:
     """One rank of the run, in a process of its own."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores make every rank wait
@@ -73,6 +75,14 @@ def _rank(rank: int, ranks: int, port: int, settings: list[str], steps: int) -> 
         except Measured:
             return
     raise SystemExit(code or 1)  # it never reached the last timed step
+
+
+def _end_with_parent() -> None:
+    """Nobody waits for a rank whose parent has been killed."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 @contextmanager
