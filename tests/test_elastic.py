@@ -102,7 +102,9 @@ def test_a_real_run_goes_on_at_other_numbers_of_ranks(toy_shards: Path, toy_medi
     assert [line["lr"] for line in lines] == [line["lr"] for line in others] and len(lines) == 16
     for line, other in zip(lines, others, strict=True):
         assert line.keys() == other.keys()
-        np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=1e-3, err_msg=str(line["step"]))
+        for name, value in line.items():
+            if "accuracy" not in name:  # which is shown among each rank's own pairs
+                np.testing.assert_allclose(value, other[name], rtol=1e-5, err_msg=f"{name} in step {line['step']}")
 
 
 def before_the_first_step(folder: str, ranks: int) -> dict[str, np.ndarray]:
@@ -130,14 +132,14 @@ def test_an_optimizer_that_never_stepped_has_no_moments_to_divide(tmp_path: Path
 
 
 def test_the_loss_scale_of_fp16_goes_on(tmp_path: Path) -> None:
-    scaler = DynamicLossScaler(2.0**16, 7, 1.0, delayed_shift=2, consecutive_hysteresis=False)
-    for overflow in (False, True, True):
-        scaler.update_scale(overflow)
+    scaler = DynamicLossScaler(2.0**16, 2, 1.0, delayed_shift=2, consecutive_hysteresis=False)
+    for _ in range(3):
+        scaler.update_scale(overflow=False)
     states = {"optimizer_state_dict": {"loss_scaler": scaler}}
     for rank in range(2):
         torch.save(states, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     found = elastic._read_loss_scaler(tmp_path)
-    assert vars(found) == vars(scaler) and found.cur_scale == 2.0**15
+    assert vars(found) == vars(scaler) and found.cur_scale == 2.0**17
 
 
 @pytest.mark.parametrize(("fused", "kind"), [(True, torch.Tensor), (False, torch.Tensor), (None, int)])

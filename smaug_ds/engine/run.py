@@ -42,7 +42,7 @@ from smaug_ds.text import Tokenizer
 
 REPORTED = (ConfigError, DataError, NonFiniteError)  # errors that all ranks meet and one line explains
 C = TypeVar("C", bound=PretrainConfig)
-_LEAST_ROOM = 1 << 20  # bytes that a run folder has to take before anything slow is done
+_LEAST_ROOM = 1 << 16  # bytes that a run folder has to take before anything slow is done
 
 
 def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]) -> int:
