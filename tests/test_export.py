@@ -287,14 +287,14 @@ def test_a_run_that_changed_its_world_size_exports_to_the_same_scores(
     toy_shards: Path, toy_media: Path, tmp_path: Path
 ) -> None:
     given = launching.settings(toy_shards, toy_media, tmp_path / "run")
-    given += ["run.max_steps=4", "batch.global_size=12", "batch.micro_size=2", "model.frames=2"]
+    given += ["run.max_steps=4", "batch.global_size=12", "model.frames=2"]  # contrasted 6 at a time, here and there
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stop").touch()  # asks for a stop after the first step
-    process = launching.launch(given, 2)
+    process = launching.launch([*given, "batch.micro_size=3"], 2)
     process.communicate(timeout=240)
     assert checkpoint.find(tmp_path / "run").name == "step_1"
     (tmp_path / "run" / "stop").unlink(missing_ok=True)
-    assert "resumed from" in launching.finish(launching.launch(given, 3))
+    assert "resumed from" in launching.finish(launching.launch([*given, "batch.micro_size=2"], 3))
     folder = export(tmp_path / "run", tmp_path / "out")
     assert len(list((folder / "engine").glob("zero_pp_rank_*"))) == 3
     found, expected = scores(tmp_path / "out", SmaugModel.from_pretrained(tmp_path / "out")), scores(folder, None)
