@@ -30,7 +30,6 @@ while [ $# -gt 0 ]; do
 done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source jobs/functions.sh # how ranks are told to stop
 source jobs/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 began=(--started "$(date +%s)")
@@ -55,22 +54,10 @@ launch() { # stage, further key=value: starts or resumes it under the launcher, 
         began=() # the report then adds up what the stages took
         return
     fi
-<<<<<<< HEAD
-    RUN=$(realpath -m "$out/$stage")
-    mkdir -p "$RUN"
-    rm -f "$RUN/stop"
-    trap ask_to_stop TERM INT USR1
-    follow setsid deepspeed --log_level error --num_gpus "$ranks" --master_port "$port" --module smaug_ds.pretrain \
-        --config "jobs/experiments/quickstart_$stage.yaml" run.folder="$out/$stage" \
-        "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}" || code=$?
-    trap - TERM INT USR1
-    [ $code = 0 ] || { [ $code != 85 ] || echo "== stopped and saved: the same command goes on from there"; exit $code; }
-=======
     TASK=pretrain RUN=$out/$stage RANKS=$ranks RESTARTS=0 PREFLIGHT=0 bash jobs/launch_local.sh \
         --config "jobs/experiments/quickstart_$stage.yaml" "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}" || code=$?
     [ $code != 85 ] || echo "== stopped and saved: the same command goes on from here"
     [ $code = 0 ] || exit $code
->>>>>>> launch
     printf '%s\n' "$settings" > "$out/$stage/finished.with"
 }
 
