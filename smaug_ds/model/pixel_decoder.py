@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.layers import ViTBlock, gather_tokens
-from smaug_ds.model.positions import grid_positions
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class PixelDecoder(nn.Module):
 
     def init_weights(self) -> None:
         nn.init.normal_(self.mask_token, std=0.02)
-        with torch.no_grad():
-            self.position_embedding.copy_(grid_positions(len(self.position_embedding), self.config.width))
+        nn.init.normal_(self.position_embedding, std=0.02)
 
     def forward(self, tokens: Tensor, kept_ids: Tensor, visible_ids: Tensor | None, predict_ids: Tensor) -> Tensor:
         """Pixels of the patches ``predict_ids``.

@@ -50,27 +50,6 @@ def resize_bias(table: Tensor, patches: int) -> Tensor:
     return torch.cat([rearrange(grid, "1 d h w -> (h w) d").to(table.dtype), table[-WITHOUT_PLACE:]])
 
 
-def grid_positions(patches: int, width: int) -> Tensor:
-    """Sines and cosines of the rows, then of the columns, of a square grid: (N, D) of amplitude 1, as MAE has them.
-
-    A table that starts near zero, as BERT's, is drowned by patch embedding of unit size: short runs then learn colours
-    and no places.
-    """
-    side = _side(patches)
-    rows, columns = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
-    half = width // 4 * 2
-    table = torch.cat([sine_cosine(rows, half), sine_cosine(columns, half)], dim=1)
-    return F.pad(table, (0, width - 2 * half))
-
-
-def sine_cosine(places: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of ``places`` (N,) at wavelengths from 2 pi to 20000 pi: (N, width) (Vaswani et al. 2017,
-    section 3.5). ``width`` is even."""
-    frequencies = 10000.0 ** (-torch.arange(width // 2) / (width / 2))
-    angles = places[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
 def fit_positions(weights: Mapping[str, Tensor], patches: int, frames: int) -> dict[str, Tensor]:
     """``weights`` of a ``SmaugModel`` with its position tables interpolated to so many patches and frames: in space
     bicubic, in time linear. The weights themselves where nothing differs."""

@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from smaug_ds.model.checks import require_positive
 from smaug_ds.model.layers import ViTBlock, silence_residual
-from smaug_ds.model.positions import sine_cosine
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,8 @@ class TemporalEncoder(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(width, config.heads) for _ in range(config.depth))
 
     def init_weights(self) -> None:
-        """Positions small, blocks silent: the multi-frame stage starts close to what the single-frame stage has learnt.
-
-        Small, but not too small to be seen beside tokens of unit size: order in time has to be learnt from them.
-        """
-        frames, width = self.position_embedding.shape
-        table = F.pad(sine_cosine(torch.arange(frames), width // 2 * 2), (0, width % 2))
-        with torch.no_grad():
-            self.position_embedding.copy_(table - table.mean(dim=0))
+        """Positions small, blocks silent: the multi-frame stage starts with what the single-frame stage has learnt."""
+        nn.init.normal_(self.position_embedding, std=0.02)
         for block in self.blocks:
             silence_residual(block)
 
