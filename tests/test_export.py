@@ -215,7 +215,7 @@ def test_tool_exports_and_verifies_without_deepspeed(tmp_path: Path, vocabulary:
     assert done.returncode == 0, done.stderr
     assert "every tensor agrees" in done.stdout and "largest differences" in done.stdout
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr.strip() == "error: out exists already: name a new folder"
+    assert again.returncode == 2 and again.stderr.strip() == "error: out exists already: name a new folder"
 
 
 MEMORY = """
