@@ -15,6 +15,7 @@ from transformers import BeitConfig, BeitModel, ViTConfig, ViTModel
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.optim import parameter_groups
+from smaug_ds.engine.trained import require_vision
 from smaug_ds.losses import LossConfig
 from smaug_ds.model.beit import BeitAttention, BeitEncoder, relative_index, relative_places
 from smaug_ds.model.positions import resize_bias
@@ -243,3 +244,27 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"vision\.layout is 'resnet', which is none of clip, beit"):
         SmaugModel.from_pretrained(tmp_path / "ours")
+
+
+def test_a_start_from_another_encoder_is_refused_where_it_is_known(tmp_path: Path) -> None:
+    small_model(beit_config()).save_pretrained(tmp_path)
+    require_vision(tmp_path, beit_config())
+    for other, key in (
+        (small_config(), "layout = beit, but this one has clip"),
+        (beit_config(pooling="mean"), "pooling = class"),
+    ):
+        with pytest.raises(ValueError, match=rf"config\.json is of a model with model\.vision\.{key}"):
+            require_vision(tmp_path, other)
+    # a checkpoint from before there were layouts, and before its architecture lay beside it
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "state.json").write_text(json.dumps({"config": {"model": {"vision": {"width": 32}}}}))
+    require_vision(tmp_path, small_config())
+    with pytest.raises(
+        ValueError, match=r"state\.json is of a model with model\.vision\.layout = clip, but this one has beit"
+    ):
+        require_vision(tmp_path, beit_config())
+    (tmp_path / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"state\.json does not describe a SMAUG model"):
+        require_vision(tmp_path, beit_config())
+    (tmp_path / "state.json").unlink()
+    require_vision(tmp_path, beit_config())  # bare weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +180,23 @@ def test_kept_memory_is_not_cleared_again() -> None:
         return int(done.stdout)
 
     assert page_faults("keep") < page_faults() / 3
+
+
+@pytest.mark.parametrize("most", [2**31 - 1, 32 * 2**20])
+def test_what_an_older_glibc_refuses_is_asked_for_in_part(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.35 it takes no threshold of mmap (-3) above 32 MiB; that of trimming (-1) is set all the same."""
+    limits: dict[int, int] = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if name == -3 and value > most:
+            return 0
+        limits[name] = value
+        return 1
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory() and limits == {-1: 2**31 - 1, -3: most}
+    assert keep_freed_memory(False) and limits == {-1: 128 * 1024, -3: 128 * 1024}
 
 
 def test_modules_keep_their_names() -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.losses import LossConfig
+from smaug_ds.model import recompute
 from smaug_ds.model.frame_selector import SelectorConfig
 from smaug_ds.model.language import TextConfig
 from smaug_ds.model.pixel_decoder import PixelDecoderConfig
@@ -115,6 +116,41 @@ def test_cheap_checkpointing_repeats_no_matrix_product_and_holds_less() -> None:
     plain, cheap, whole = kinds
     assert flops[plain] == flops[cheap] < flops[whole]
     assert held[plain] > held[cheap] > held[whole]
+
+
+DRAWN: list[float] = []
+
+
+@torch.library.custom_op("smaug_ds_test::attention", mutates_args=())
+def fused_attention(value: torch.Tensor, dropout_p: float) -> list[torch.Tensor]:
+    """Stands in for a GPU's: one operation that draws what it drops, and tells which."""
+    DRAWN.append(dropout_p)
+    mask = (torch.rand_like(value) >= dropout_p).to(value.dtype) if dropout_p else torch.ones_like(value)
+    return [value * mask, mask]
+
+
+fused_attention.register_autograd(
+    lambda ctx, grads: (grads[0] * ctx.saved_tensors[0], None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
+)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_cheap_checkpointing_repeats_attention_that_draws(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept, it would draw nothing the second time, and the dropout after it would get its numbers."""
+    monkeypatch.setattr(recompute, "_KEPT", {*recompute._KEPT, torch.ops.smaug_ds_test.attention.default})
+    DRAWN.clear()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(fused_attention(x, dropout)[0].sin(), 0.5)
+
+    x = torch.randn(8, 16, requires_grad=True)
+    gradients = []
+    for function in (layer, lambda x: recompute.recomputed("cheap", layer, x)):
+        torch.manual_seed(0)
+        gradients += torch.autograd.grad(function(x).sum(), x)
+    assert torch.equal(*gradients)
+    assert len(DRAWN) == (3 if dropout else 2), "forward each time, and backward only if it draws"
 
 
 def test_partial_decoding_predicts_a_random_part_of_the_masked_patches() -> None:

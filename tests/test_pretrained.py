@@ -46,6 +46,29 @@ def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
     assert SmaugModel.from_pretrained(str(tmp_path / "model")).logit_scale.dtype == torch.float32
 
 
+# config.json of ``small_config(3, 2)`` as it was written before there were layouts and kinds of recomputing.
+OLDER = """{
+ "model_type": "smaug", "architectures": ["SmaugModel"], "size": "tiny", "frames": 3, "frames_kept": 2,
+ "answer_layers": 0, "projection": 16, "temperature": 0.07,
+ "vision": {"image_size": 32, "patch_size": 8, "width": 32, "depth": 3, "heads": 4, "mlp_width": 64, "mask_ratio": 0.5,
+  "keep_rate": 0.8, "sparsify_layers": [1, 2], "sparsify_at_inference": true, "checkpoint_every": 0},
+ "temporal": {"depth": 2, "heads": 4},
+ "decoder": {"width": 32, "depth": 1, "heads": 4, "predicted_share": 1.0, "normalise_targets": false},
+ "selector": {"depth": 2, "heads": 2, "mlp_width": 64, "temperature": 1.0},
+ "text": {"vocab_size": 50, "width": 32, "heads": 4, "mlp_width": 64, "text_layers": 2, "fusion_layers": 1,
+  "max_length": 12, "max_positions": 64, "dropout": 0.0, "checkpoint_every": 0}
+}"""
+
+
+def test_an_export_of_an_older_version_loads(tmp_path: Path) -> None:
+    model = small_model(small_config(3, 2))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(OLDER)
+    again = SmaugModel.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def edit(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))

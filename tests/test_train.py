@@ -30,6 +30,7 @@ from smaug_ds.engine.saving import Saver
 from smaug_ds.engine.train import Actions, BatchConfig, PretrainConfig, RunConfig, train
 from smaug_ds.engine.watchdog import Watchdog
 from tests.launching import finish, launch, settings
+from tests.models import small_config, small_model
 from tests.ranks import run_ranks
 from tests.standin import CPU_JSON, ROOT, Batches, Standin, order_of, write_json
 
@@ -453,6 +454,16 @@ def test_checkpoints_of_which_none_is_whole_end_the_run_with_one_line(
     (tmp_path / "old" / "checkpoints" / "step_4").mkdir(parents=True)
     test_a_bad_setting_ends_the_run_with_one_line_that_names_it(
         toy_shards, toy_media, tmp_path, capfd, f"run.folder={tmp_path / 'old'}", "none of step_4 in "
+    )
+
+
+def test_weights_of_another_vision_encoder_end_the_run_with_one_line(
+    toy_shards: Path, toy_media: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small_model(small_config(layout="beit")).save_pretrained(tmp_path / "beit")
+    told = "config.json is of a model with model.vision.layout = beit, but this one has clip: set model.vision.layout="
+    test_a_bad_setting_ends_the_run_with_one_line_that_names_it(
+        toy_shards, toy_media, tmp_path, capfd, f"run.init_from={tmp_path / 'beit'}", told
     )
 
 

@@ -6,7 +6,9 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_DEFAULT_LIMIT = 128 * 1024  # bytes
+_INT_MAX = 2**31 - 1  # bytes, as all of these
+_DEFAULT_LIMIT = 128 * 1024
+_OLD_MMAP_LIMIT = 32 * 2**20
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
@@ -22,5 +24,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    limit = 2**31 - 1 if keep else _DEFAULT_LIMIT  # it takes an int
-    return bool(mallopt(_MMAP_THRESHOLD, limit)) and bool(mallopt(_TRIM_THRESHOLD, limit))
+    limit = _INT_MAX if keep else _DEFAULT_LIMIT
+    trims = bool(mallopt(_TRIM_THRESHOLD, limit))
+    # glibc before 2.35 refuses more than 32 MiB: larger blocks go back to the kernel there
+    return bool(mallopt(_MMAP_THRESHOLD, limit) or mallopt(_MMAP_THRESHOLD, min(limit, _OLD_MMAP_LIMIT))) and trims

@@ -35,6 +35,7 @@ from smaug_ds.engine.resume import check_resumable, fingerprints
 from smaug_ds.engine.saving import SaveError, Saver
 from smaug_ds.engine.tasks import Task
 from smaug_ds.engine.train import Actions, PretrainConfig, train
+from smaug_ds.engine.trained import require_vision
 from smaug_ds.engine.watchdog import Watchdog
 from smaug_ds.evaluation.held_out import batch_shape
 from smaug_ds.model.smaug import SmaugModel
@@ -98,6 +99,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
     model = SmaugModel(config.model)
     if config.run.init_from and not latest:
         with distributed.agreeing(ConfigError), naming("run.init_from"):
+            require_vision(config.run.init_from, config.model)
             taken = checkpoint.initialise(model, task.start(checkpoint.load_weights(config.run.init_from)))
         say(f"{config.run.init_from}: {taken}")
 

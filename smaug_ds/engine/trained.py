@@ -19,6 +19,7 @@ from smaug_ds.evaluation.asking import QuestionConfig
 from smaug_ds.evaluation.frames import fit_frames
 from smaug_ds.evaluation.retrieval import RetrievalConfig
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
+from smaug_ds.model.vision import VisionConfig
 from smaug_ds.text import Tokenizer
 
 FREE = (  # of the model; the rest is in the weights, or was when they were trained
@@ -123,6 +124,32 @@ def load_model(folder: Path, config: EvaluateConfig) -> tuple[SmaugModel, Tokeni
     except (ValueError, RuntimeError) as error:  # load_state_dict raises RuntimeError with all keys and shapes
         raise ConfigError(f"--checkpoint {folder}: {error}") from error
     return model.to(distributed.device()).eval(), tokenizer
+
+
+def require_vision(source: str | Path, config: ModelConfig) -> None:
+    """Refuses to start a model of ``config`` from a run folder or checkpoint ``source`` of another vision encoder.
+
+    Much of it would fit by name and shape, but mean something else. Bare weights tell nothing, so they pass. Raises
+    ValueError naming both.
+    """
+    folder = checkpoint.find(source)
+    file = next(
+        (file for name in (checkpoint.ARCHITECTURE, checkpoint.STATE) if (file := folder / name).is_file()), None
+    )
+    if file is None:
+        return
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        vision = (known if file.name == checkpoint.ARCHITECTURE else known["config"]["model"])["vision"]
+        source_has = {name: vision.get(name, getattr(VisionConfig(), name)) for name in ("layout", "pooling")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not describe a SMAUG model: {error!r}") from error
+    for name, value in source_has.items():
+        if value != (wanted := getattr(config.vision, name)):
+            raise ValueError(
+                f"{file} is of a model with model.vision.{name} = {value}, but this one has {wanted}: "
+                f"set model.vision.{name}={value} or start from another checkpoint"
+            )
 
 
 def identify(folder: Path) -> dict[str, Any]:

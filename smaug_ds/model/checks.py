@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# Metadata of a field that says nothing about the weights: the config.json of a model may lack it.
+# Metadata of a field that the config.json of a model may lack: it says nothing about the weights, or every model was
+# what its default says before there was the field.
 MAY_BE_MISSING = {"may_be_missing": True}
 
 

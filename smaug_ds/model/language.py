@@ -105,23 +105,25 @@ class MultiModalEncoder(nn.Module):
     def look(self, visual: Tensor, rows: Tensor, weights: Tensor | None = None) -> list[Tensor]:
         """Keys and values, one tensor (P, k K, 2 D) a layer, of what P texts see of R frames.
 
-        A frame is projected once a layer, however many texts look at it.
+        A frame is projected once a layer, however many texts look at it. Which way is cheaper depends on how many
+        texts there are, which differs between ranks; ZeRO-2 adds up the gradients of ranks in the order in which the
+        backward pass delivers them, so both ways deliver those of weights and biases in the same order.
 
         visual: (R, K, Dv). rows: (P, k) the frames that each text sees. weights: (P, k), all of them 1, that carry the
         gradient of a choice: the same as if the tokens had been multiplied by them; None where nothing was chosen.
         """
         texts, chosen = rows.shape
         flat = rows.flatten()
-        if len(flat) < len(visual):  # frames that nobody looks at are not projected
-            visual = visual.index_select(0, flat)
-            if weights is not None:
-                visual = visual * weights.view(-1, 1, 1).to(visual.dtype)
-            return [_side_by_side(keys_values, texts, chosen) for keys_values in self.project(visual)]
+        projections = self._projections()
         if weights is None:
-            everything = [keys_values.index_select(0, flat) for keys_values in self.project(visual)]
+            seen = [projection(visual).index_select(0, flat) for projection in projections]
+        elif len(flat) < len(visual):  # frames that nobody looks at are not projected
+            visual = visual.index_select(0, flat)
+            visual = visual * weights.view(-1, 1, 1).to(visual.dtype)
+            seen = [_add_bias(projection, F.linear(visual, projection.weight)) for projection in projections]
         else:
-            everything = [_weighted(projection, visual, flat, weights) for projection in self._projections()]
-        return [_side_by_side(keys_values, texts, chosen) for keys_values in everything]
+            seen = [_weighted(projection, visual, flat, weights) for projection in projections]
+        return [rearrange(one, "(p k) n d -> p (k n) d", p=texts, k=chosen) for one in seen]
 
     def project(self, visual: Tensor) -> list[Tensor]:
         """``visual`` (B, M, Dv) -> keys and values (B, M, 2 D) of each layer."""
@@ -140,16 +142,16 @@ class MultiModalEncoder(nn.Module):
         return run_layers(self.layers, states, packing, seen, self.config, rows)
 
 
-def _side_by_side(keys_values: Tensor, texts: int, chosen: int) -> Tensor:
-    """(P k, K, 2 D) -> (P, k K, 2 D)."""
-    return rearrange(keys_values, "(p k) n d -> p (k n) d", p=texts, k=chosen)
-
-
 def _weighted(projection: nn.Linear, visual: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """The projection of ``visual[rows] * weights`` (P k, K, 2 D): the weights scale the tokens, but not the bias."""
     projected = F.linear(visual, projection.weight).index_select(0, rows)
     scale = weights.view(-1, 1, 1).to(projected.dtype)
     return torch.addcmul(projection.bias.to(projected.dtype), projected, scale)
+
+
+def _add_bias(projection: nn.Linear, projected: Tensor) -> Tensor:
+    """Apart from the product, as in ``_weighted``: autocast would cast, and so deliver, the bias at another time."""
+    return projection.bias.to(projected.dtype) + projected
 
 
 def run_layers(

@@ -27,8 +27,10 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionConfig:
     """Vision encoder; the defaults are ViT-B/16 as in the paper."""
 
-    layout: Literal["clip", "beit"] = "clip"  # whose transformer it is; beit holds ViT and DeiT, too
-    pooling: Literal["class", "mean"] = "class"  # what speaks for a frame: class token, or (beit) the others' mean
+    # whose transformer it is; beit holds ViT and DeiT, too
+    layout: Literal["clip", "beit"] = field(default="clip", metadata=MAY_BE_MISSING)
+    # what speaks for a frame: class token, or (beit) the others' mean
+    pooling: Literal["class", "mean"] = field(default="class", metadata=MAY_BE_MISSING)
     image_size: int = 224  # height and width, pixels
     patch_size: int = 16  # pixels
     width: int = 768  # D
