@@ -255,7 +255,7 @@ def test_tool_writes_a_start_and_refuses_what_does_not_fit(folders: tuple[Path, 
     assert "not used: none" in done.stdout and "starts at random: logit_scale, " in done.stdout
     assert checkpoint.load_weights(tmp_path / "out").keys() == import_weights({"clip": clip}, small_config())[0].keys()
     wrong = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True)
-    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     assert "vision.class_token has shape [32], but the model needs [768]" in wrong.stderr
     assert not (tmp_path / "no").exists() and not list(tmp_path.glob(".writing-*"))
 
