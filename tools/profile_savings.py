@@ -1,78 +1,40 @@
 """What each saving of the training step is worth.
 
-    python tools/profile_throughput.py savings [--frames 4 --kept 2 --batch 4] [--dtype bf16] [model.KEY=value ...]
+    python tools/profile_throughput.py savings [--turns 5] [--steps 1] [batch=4 model.frames=4 model.frames_kept=2 ...]
 
 times whole steps (forward, backward, AdamW) of the objectives on random data, in turn with steps in which one saving
-is taken back: full, without, full, without, ... The ratio is that of the medians: 1.10 means that a step without the
-saving takes 10 % longer. Every row computes the same losses, but for the two that say so and for dropout's draws.
+is taken back: full, without, full, without, ... all in one process, on the same batches. The ratio is taken turn by
+turn: 1.10 means that a step without the saving takes 10 % longer. Every row computes the same losses, but for the two
+that say so and for dropout's draws.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smaug_ds import distributed
-from smaug_ds.config import ConfigError, parse
+from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.data.sample import Batch
 from smaug_ds.engine.allocator import keep_freed_memory
-from smaug_ds.engine.objectives import Pretraining
-from smaug_ds.engine.optim import parameter_groups
-from smaug_ds.losses import LossConfig
 from smaug_ds.model import layers
 from smaug_ds.model.language import MultiModalEncoder
-from smaug_ds.model.smaug import ModelConfig, SmaugModel
+from smaug_ds.model.smaug import SmaugModel
 from tools.profile_machine import conditions, describe
-from tools.profile_step import BERT_VOCABULARY
-
-# Tokens of captions, [CLS] and [SEP] included, as short and as varied as those of MSR-VTT's training set.
-SHORT_CAPTIONS = (9, 12, 8, 11, 14, 10, 9, 16)
-MASKED_WORDS = 0.15
+from tools.profile_output import Bar, Report, add_arguments, check_arguments, plain, table, write
+from tools.profile_step import Step, StepConfig
+from tools.profile_turns import Spread, time_steps
 
 
-@dataclasses.dataclass(frozen=True)
-class SavingsConfig:
-    """The model and the objectives to time."""
-
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-
-
-@dataclasses.dataclass
-class Step:
-    """All that a training step needs."""
-
-    module: Pretraining
-    optimizer: torch.optim.Optimizer
-    batch: Batch
-    dtype: torch.dtype
-
-    def run(self) -> float:
-        """Forward, backward and AdamW; returns the seconds, until the device has finished."""
-        device = self.batch.frames.device
-        start = time.perf_counter()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            loss = self.module(self.batch)["loss"]
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Saving:
     """One saving, and how a step goes without it."""
 
@@ -80,107 +42,75 @@ class Saving:
     without: Callable[[Step], AbstractContextManager[Any]]
 
 
+@dataclass(frozen=True)
+class Worth:
+    """A saving as measured. Seconds are those of a step, over the medians of all turns."""
+
+    name: str
+    seconds_with: Spread
+    seconds_without: Spread
+    ratio: Spread  # without to with, turn by turn
+
+
 def main(arguments: Sequence[str], program: str) -> None:
     """The subcommand ``savings``, with what follows it on the command line."""
     parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="base", help="base or tiny")
-    parser.add_argument("--frames", type=int, default=1, help="of a clip")
-    parser.add_argument("--kept", type=int, default=0, help="frames that the fusion sees; 0: all")
-    parser.add_argument("--batch", type=int, default=8, help="pairs of a step")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16: autocast of fp32 weights")
-    parser.add_argument("--captions", choices=("short", "full"), default="short", help="MSR-VTT's lengths, or the most")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps with and without each saving")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="with and without each saving")
+    parser.add_argument("--steps", type=int, default=1, metavar="N", help="of a turn")
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps before each turn that do not count")
+    add_arguments(parser)
+    keys = ", ".join(to_dict(StepConfig()))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"of {keys} (as model.frames=4)")
     args = parser.parse_intermixed_args(arguments)
-    frames = [f"model.frames={args.frames}", f"model.frames_kept={args.kept or args.frames}"]
     try:
-        for name in ("batch", "rounds"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
-        config = parse(SavingsConfig, None, [f"model.size={args.size}", *frames, *args.overrides])
+        check_arguments(args)
+        for name, least in (("turns", 1), ("steps", 1), ("warmup", 0)):
+            if getattr(args, name) < least:
+                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least {least}")
+        config = parse(StepConfig, None, args.overrides)
+        for name, wanted in (("dtype", ("bf16", "fp32")), ("adamw", ("fused",))):
+            if getattr(config, name) not in wanted:
+                raise ConfigError(f"{name} is {getattr(config, name)}: savings takes {' or '.join(wanted)}")
+        told = conditions(to_dict(config))
+        print(describe(told), flush=True)
+        report = measure_all(Step(config), args.turns, args.steps, args.warmup, told)
     except ConfigError as error:
         parser.exit(2, f"error: {error}\n")
-    told = conditions({**dataclasses.asdict(config), **{key: str(value) for key, value in vars(args).items()}})
-    print(describe(told))
-    keep_freed_memory()
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    step = make_step(config, args.batch, args.captions == "full", dtype, distributed.device())
-    rows = [measure(step, saving, args.rounds) for saving in SAVINGS]
-    print_table(rows)
-    if args.json:
-        args.json.write_text(json.dumps({"conditions": told, "rows": rows}, indent=1))
+    write(report, args)
 
 
-def make_step(config: SavingsConfig, size: int, full: bool, dtype: torch.dtype, device: torch.device) -> Step:
-    """A training step of ``size`` random pairs; ``full`` captions have as many tokens as the model takes."""
-    text = config.model.text
-    text = dataclasses.replace(text, vocab_size=text.vocab_size or BERT_VOCABULARY)
-    model = SmaugModel(dataclasses.replace(config.model, text=text)).train().to(device)
-    module = Pretraining(model, config.loss)
-    optimizer = torch.optim.AdamW(parameter_groups(module, 0.02), lr=1e-5, fused=True)
-    most = text.max_length
-    lengths = [most if full else min(most, SHORT_CAPTIONS[row % len(SHORT_CAPTIONS)]) for row in range(size)]
-    return Step(module, optimizer, random_batch(model.config, lengths).to(device), dtype)
-
-
-def random_batch(config: ModelConfig, lengths: list[int]) -> Batch:
-    """Noise for frames and words, captions of ``lengths`` tokens, all of different media."""
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    size, tokens, side = len(lengths), sum(lengths), config.vision.image_size
-    input_ids = (uniform(tokens) * config.text.vocab_size).long()
-    hidden = uniform(tokens) < MASKED_WORDS
-    hidden[1] = True
-    return Batch(
-        step=0,
-        medium="image" if config.frames == 1 else "video",
-        frames=(uniform(size, config.frames, 3, side, side) * 256).to(torch.uint8),
-        lengths=lengths,
-        input_ids=input_ids,
-        masked_ids=torch.where(hidden, 4, input_ids),
-        mlm_labels=torch.where(hidden, input_ids, -100),
-        mlm_positions=hidden.nonzero().squeeze(1),
-        media_ids=torch.arange(size),
-        patch_noise=uniform(size, config.vision.patches),
-        frame_noise=uniform(size, config.frames),
-        negative_noise=uniform(size, 2),
-        keys=[str(row) for row in range(size)],
-        captions=[""] * size,
-        all_captions=[("",)] * size,
+def measure_all(step: Step, turns: int, steps: int, warmup: int, told: dict[str, Any]) -> Report:
+    """Times every saving and prints the table."""
+    config = step.config
+    title = (
+        f"frames {config.model.frames}, kept {config.model.frames_kept}; batch {config.batch}, {config.dtype}; "
+        f"captions {config.captions}"
     )
+    print(f"{title} ({step.caption_tokens:.1f} tokens in the mean)", flush=True)
+    worths = [measure(step, saving, turns, steps, warmup) for saving in SAVINGS]
+    rows = [["without", "s a step", "s of the full step", "ratio"]]
+    rows += [[w.name, w.seconds_without.text(3), w.seconds_with.text(3), w.ratio.text(3)] for w in worths]
+    print(table(rows))
+    bars = [Bar(worth.name.partition(" (")[0], worth.ratio.median, worth.ratio.text(2)) for worth in worths]
+    further = {"rows": [plain(worth) for worth in worths]}
+    return Report(told, "savings", "seconds without it, to those of the full step", bars=bars, further=further)
 
 
-def measure(step: Step, saving: Saving, rounds: int) -> dict[str, Any]:
-    """Seconds of a step with and without the saving, in turn, each after a step that is not counted."""
-    kept, without = [], []
-    for _ in range(rounds):
-        step.run()
-        kept.append(step.run())
-        with saving.without(step):
-            step.run()
-            without.append(step.run())
-    ratios = [slow / fast for slow, fast in zip(without, kept, strict=True)]
-    return {
-        "name": saving.name,
-        "seconds_with": statistics.median(kept),
-        "seconds_without": statistics.median(without),
-        "ratio": statistics.median(without) / statistics.median(kept),
-        "ratio_low": min(ratios),
-        "ratio_high": max(ratios),
-    }
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{'without':62} {'step, s':>8} {'full, s':>8} {'ratio':>6}  of single rounds")
-    for row in rows:
-        print(
-            f"{row['name']:62} {row['seconds_without']:8.3f} {row['seconds_with']:8.3f} {row['ratio']:6.3f}"
-            f"  {row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
-        )
+def measure(step: Step, saving: Saving, turns: int, steps: int, warmup: int) -> Worth:
+    """Steps with and without the saving, in turn; the two of a turn take the same batches."""
+    times: list[list[float]] = []
+    for turn in range(turns):
+        times.append([])
+        for variant in (nullcontext(), saving.without(step)):
+            with variant:
+                for _ in range(warmup):
+                    step()
+                step.done = turn * steps
+                seconds, _ = time_steps(step, steps, step.device, step.clock)
+            times[-1].append(statistics.median(seconds))
+    kept, without = zip(*times, strict=True)
+    ratio = Spread.of([slow / fast for fast, slow in times])
+    return Worth(saving.name, Spread.of(kept), Spread.of(without), ratio)
 
 
 @contextmanager
@@ -195,13 +125,16 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _padded(step: Step) -> AbstractContextManager[None]:
-    """Each caption goes on with words until it is as long as the longest: the arithmetic of padding."""
-    batch, longest = step.batch, max(step.batch.lengths)
+    return replaced(step, "batches", [padded(batch) for batch in step.batches])
+
+
+def padded(batch: Batch) -> Batch:
+    """Each caption goes on with its own words until it is as long as the longest: the arithmetic of padding."""
+    longest, lengths = max(batch.lengths), torch.tensor(batch.lengths)
     rows = torch.cat([torch.arange(longest) % length for length in batch.lengths])
-    starts = torch.tensor(batch.lengths).cumsum(0) - torch.tensor(batch.lengths)
-    rows = (rows + starts.repeat_interleave(longest)).to(batch.input_ids.device)
+    rows = (rows + (lengths.cumsum(0) - lengths).repeat_interleave(longest)).to(batch.input_ids.device)
     places = torch.cat([torch.arange(length) + longest * row for row, length in enumerate(batch.lengths)])
-    padded = dataclasses.replace(
+    return dataclasses.replace(
         batch,
         lengths=[longest] * len(batch),
         input_ids=batch.input_ids[rows],
@@ -209,13 +142,15 @@ def _padded(step: Step) -> AbstractContextManager[None]:
         mlm_labels=batch.mlm_labels[rows],
         mlm_positions=places.to(rows.device)[batch.mlm_positions],
     )
-    return replaced(step, "batch", padded)
 
 
 def _all_words(step: Step) -> AbstractContextManager[None]:
-    every = torch.arange(len(step.batch.input_ids), device=step.batch.input_ids.device)
-    words = dataclasses.replace(step.batch, mlm_positions=every, mlm_labels=step.batch.input_ids)
-    return replaced(step, "batch", words)
+    every = [torch.arange(len(batch.input_ids), device=step.device) for batch in step.batches]
+    batches = [
+        dataclasses.replace(batch, mlm_positions=positions, mlm_labels=batch.input_ids)
+        for batch, positions in zip(step.batches, every, strict=True)
+    ]
+    return replaced(step, "batches", batches)
 
 
 def _keys_values_per_pass(step: Step) -> AbstractContextManager[None]:
@@ -264,7 +199,7 @@ def _other_attention(step: Step) -> AbstractContextManager[None]:
     def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
-    on_cpu = step.batch.frames.device.type == "cpu" and step.dtype == torch.bfloat16
+    on_cpu = step.device.type == "cpu" and step.config.dtype == "bf16"
     return replaced(layers, "attend", fused if on_cpu else products)
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.data.sample import Batch, Medium
+from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.engine.monitor import Stopwatch
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.optim import OptimConfig, parameter_groups
@@ -41,6 +43,7 @@ BF16_ENGINE = {
     "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}},
 }
 _WORDS_FROM = 1000  # ids below are BERT's special and unused tokens
+_Run = Callable[[Batch], Tensor]  # one step, its loss
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,15 @@ class StepConfig:
 class Step:
     """The model of a config with its optimizer and batches, on this process's device; each call is a step.
 
+    done: steps so far, which is what the next batch follows from: set it to take batches again.
+
     Raises ConfigError where captions or the engine's JSON cannot be used.
     """
 
     def __init__(self, config: StepConfig) -> None:
-        self.device = distributed.device()
+        self.config, self.device = config, distributed.device()
+        if self.device.type == "cpu":
+            keep_freed_memory()  # as training does
         self.clock = Stopwatch(self.device)
         generator = torch.Generator().manual_seed(config.seed)
         longest, count = config.model.text.max_length, config.batch * config.batches
@@ -96,25 +103,26 @@ class Step:
             raise ConfigError(f"captions: {config.captions} has a caption without a word")
         self.caption_tokens = sum(lengths) / count
         parts = [lengths[start : start + config.batch] for start in range(0, count, config.batch)]
-        self._batches = [random_batch(config, part, generator).to(self.device) for part in parts]
+        self.batches = [random_batch(config, part, generator).to(self.device) for part in parts]
         torch.manual_seed(config.seed)
-        module = Pretraining(SmaugModel(config.whole_model), config.loss).train()
-        self._run = _engine(module, config, self) if config.dtype == "deepspeed" else _plain(module, config, self)
-        self._done = 0
+        self.module = Pretraining(SmaugModel(config.whole_model), config.loss).train()
+        make = _engine if config.dtype == "deepspeed" else _plain
+        self.optimizer, self._run = make(self.module, config, self)
+        self.done = 0
 
     @property
     def cycle(self) -> int:
         """Steps after which the batches come again."""
-        return len(self._batches)
+        return len(self.batches)
 
     def __call__(self) -> Tensor:
         """Does one step; returns its loss."""
-        batch = self._batches[self._done % self.cycle]
-        self._done += 1
+        batch = self.batches[self.done % self.cycle]
+        self.done += 1
         return self._run(batch)
 
 
-def _plain(module: Pretraining, config: StepConfig, step: Step) -> Any:
+def _plain(module: Pretraining, config: StepConfig, step: Step) -> tuple[torch.optim.Optimizer, _Run]:
     """torch alone: autocast or not, AdamW with the groups of training."""
     module.to(step.device)
     optim = OptimConfig()
@@ -137,10 +145,10 @@ def _plain(module: Pretraining, config: StepConfig, step: Step) -> Any:
             optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return run
+    return optimizer, run
 
 
-def _engine(module: Pretraining, config: StepConfig, step: Step) -> Any:
+def _engine(module: Pretraining, config: StepConfig, step: Step) -> tuple[torch.optim.Optimizer, _Run]:
     """The DeepSpeed engine that trains, as a world of one rank."""
     from smaug_ds.engine.deepspeed import build_engine  # takes seconds, and nothing else here needs it
 
@@ -160,7 +168,7 @@ def _engine(module: Pretraining, config: StepConfig, step: Step) -> Any:
             engine.step()
         return loss.detach()
 
-    return run
+    return engine.optimizer, run
 
 
 def random_batch(config: StepConfig, lengths: list[int], generator: torch.Generator) -> Batch:

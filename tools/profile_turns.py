@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
+from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.engine.monitor import Stopwatch
 from tools.profile_machine import peak_memory
 from tools.profile_step import Step, StepConfig
@@ -175,6 +176,29 @@ def executed_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def time_steps(
+    step: Callable[[], Any], steps: int, device: torch.device, clock: Stopwatch | None
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Seconds of each step, or of each few on a GPU, and the same by phase where there is a clock."""
+    together = GPU_STEPS if device.type == "cuda" else 1
+    seconds, phases = [], []
+    for _ in range(steps):
+        _synchronize(device)
+        began = time.perf_counter()
+        for _ in range(together):
+            step()
+        _synchronize(device)
+        seconds.append((time.perf_counter() - began) / together)
+        if clock is not None:
+            phases.append({name: value / together for name, value in clock.read().items()})
+    return seconds, phases
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class _Timed:
     """A step as this process times it."""
 
@@ -185,6 +209,8 @@ class _Timed:
         self.step: Callable[[], Any]
         cycle = 1
         if isinstance(what, External):
+            if self.device.type == "cpu":
+                keep_freed_memory()  # as our own step does, so that neither side has it alone
             self.step = _load(what)
         else:
             ours = Step(what)
@@ -197,19 +223,8 @@ class _Timed:
             self.clock.read()
 
     def time(self, steps: int) -> tuple[list[float], list[dict[str, float]]]:
-        """Seconds of each step, or of each few on a GPU, and the same by phase."""
-        together = GPU_STEPS if self.device.type == "cuda" else 1
-        seconds, phases = [], []
-        for _ in range(steps):
-            self._synchronize()
-            began = time.perf_counter()
-            for _ in range(together):
-                self.step()
-            self._synchronize()
-            seconds.append((time.perf_counter() - began) / together)
-            if self.clock is not None:
-                phases.append({name: value / together for name, value in self.clock.read().items()})
-        return seconds, phases
+        """``time_steps`` of this step."""
+        return time_steps(self.step, steps, self.device, self.clock)
 
     def facts(self, _: None) -> Facts:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -222,12 +237,8 @@ class _Timed:
         with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
             for _ in range(TRACED_STEPS):
                 self.step()
-            self._synchronize()
+            _synchronize(self.device)
         profile.export_chrome_trace(path)
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _load(what: External) -> Callable[[], Any]:
