@@ -285,7 +285,7 @@ def test_recipes_of_the_paper_have_their_size() -> None:
 
 def test_nvdec_is_named_when_it_is_slowest() -> None:
     plan, machine = work(sized("base", 4, 2)), Machine.of(ClusterConfig(storage_gb_s=1000))
-    fast = speed([], machine, "base", 4, plan.parameters, True)
+    fast = speed([], machine, "base", 4, plan.parameters, BF16)
     step = predict(plan, machine, fast)
     assert step.bottleneck == "NVDEC"
     engines = 8 * 7 * plan.media.nvdec_pictures_s / plan.media.pictures(4)
@@ -297,11 +297,11 @@ def test_nvdec_is_named_when_it_is_slowest() -> None:
 
 def test_without_a_profile_the_share_of_the_peak_is_told_as_assumed() -> None:
     machine = Machine.of(ClusterConfig())
-    fast = speed([], machine, "base", 1, 1, True)
+    fast = speed([], machine, "base", 1, 1, BF16)
     assert fast.flops == pytest.approx(989e12 * ASSUMED_EFFICIENCY)
     assert any("assumed" in text for text in machine.assumptions)
     told = Machine.of(ClusterConfig(efficiency=0.45, peak_tflops=700))
-    assert speed([], told, "base", 1, 1, True).flops == pytest.approx(700e12 * 0.45)
+    assert speed([], told, "base", 1, 1, BF16).flops == pytest.approx(700e12 * 0.45)
     with pytest.raises(ConfigError, match=r"cluster\.device is cpu.*--profile"):
         Machine.of(ClusterConfig(device="cpu"))
 
@@ -323,7 +323,7 @@ def test_a_measured_step_is_predicted_as_it_was_measured() -> None:
     found = rows(profile, "FILE")
     cluster = ClusterConfig(device="cpu", devices=1, cores=2)
     machine = Machine.of(cluster, calibrated=True)
-    fast = speed(found, machine, "tiny", 1, plan.parameters, False)
+    fast = speed(found, machine, "tiny", 1, plan.parameters, FP32)
     assert fast.flops == pytest.approx(flops / 0.2)
     assert predict(plan, machine, fast).seconds == pytest.approx(0.24, rel=0.001)  # without its wait for data
 
@@ -331,7 +331,7 @@ def test_a_measured_step_is_predicted_as_it_was_measured() -> None:
 def test_ranks_share_the_cores_of_a_host() -> None:
     """Four ranks on two cores take twice as long as two, and what the data path takes of the cores comes on top."""
     plan = work(sized("tiny"), FP32, micro_batch=16, mix={"image": 1.0})
-    fast = speed([Measured("train", "tiny", 1, 1, 16, "fp32", "cpu", 1, 0.2, 1e10)], FAKE, "tiny", 1, 1, False)
+    fast = speed([Measured("train", "tiny", 1, 1, 16, "fp32", "cpu", 1, 0.2, 1e10)], FAKE, "tiny", 1, 1, FP32)
 
     def step(ranks: int, **media: float) -> float:
         cluster = ClusterConfig(device="cpu", devices=ranks, cores=2, link_gb_s=1e6, latency_us=0.001)
@@ -363,7 +363,27 @@ def test_what_is_no_profile_is_refused(profile: Any, expected: str) -> None:
 
 def test_a_profile_of_another_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"measured size tiny.*model\.size base"):
-        speed(rows({"measured": [measured_row()]}, "FILE"), FAKE, "base", 1, 1, False)
+        speed(rows({"measured": [measured_row()]}, "FILE"), FAKE, "base", 1, 1, FP32)
+
+
+@pytest.mark.parametrize("measured", ["cpu", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-80GB"])
+def test_a_profile_of_another_device_is_refused(measured: str) -> None:
+    machine = Machine.of(ClusterConfig(device="h200"))
+    found = rows({"measured": [measured_row(device=measured)]}, "FILE")
+    with pytest.raises(ConfigError, match=rf"measured {measured}, the plan has cluster\.device h200"):
+        speed(found, machine, "tiny", 1, 1, BF16)
+    found += rows({"measured": [measured_row(device="NVIDIA H200", flops_per_step=3e10)]}, "FILE")
+    assert speed(found, machine, "tiny", 1, 1, BF16).flops == pytest.approx(3e10 / 0.2)
+
+
+def test_a_profile_of_the_same_width_goes_first() -> None:
+    wide, narrow = measured_row(), measured_row(dtype="deepspeed", frames=4, world_size=2, flops_per_step=3e10)
+    found = rows({"measured": [wide, narrow]}, "FILE")
+    for precision, row in ((FP32, wide), (BF16, narrow)):
+        assert speed(found, FAKE, "tiny", 1, 1, precision).flops == pytest.approx(row["flops_per_step"] / 0.2)
+    assert "not measured" not in speed(found, FAKE, "tiny", 1, 1, BF16).source
+    told = speed(found[:1], FAKE, "tiny", 1, 1, BF16).source
+    assert "fp32" in told and "computes in 16 bit, which was not measured" in told
 
 
 @pytest.mark.parametrize("device", ["a100", "h200"])
@@ -388,7 +408,7 @@ def test_checkpointing_is_offered_where_it_helps() -> None:
 def test_scaling_goes_from_one_rank_to_1024() -> None:
     plan = work()
     machine = Machine.of(ClusterConfig())
-    found = scaling(plan, ClusterConfig(), speed([], machine, "base", 1, plan.parameters, True), False)
+    found = scaling(plan, ClusterConfig(), speed([], machine, "base", 1, plan.parameters, BF16), False)
     assert [row.weak.ranks for row in found] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     efficiency = [row.weak.unhindered / row.weak.ranks for row in found]
     assert efficiency == sorted(efficiency, reverse=True)
