@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from smaug_ds.config import ConfigError
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.losses import LossConfig
+from smaug_ds.model import recompute
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.planner.calibration import Measured, rows, speed
 from smaug_ds.planner.cluster import ASSUMED_EFFICIENCY, DEVICES, ClusterConfig, Machine
@@ -72,6 +75,8 @@ def work(model: ModelConfig | None = None, precision: Precision = BF16, **change
         {"frames": 4, "frames_kept": 4},
         {"frames": 8, "frames_kept": 2, "vision__sparsify_layers": (2,), "vision__depth": 7},
         {"answer_layers": 2, "projection": 48, "decoder__depth": 1, "selector__mlp_width": 768},
+        {"vision__layout": "beit"},
+        {"vision__layout": "beit", "vision__pooling": "mean", "vision__depth": 11},
     ],
 )
 def test_parameters_equal_the_built_model(size: str, changes: dict[str, Any]) -> None:
@@ -108,7 +113,7 @@ def test_forward_operations_equal_torchs_counter(size: str, changes: dict[str, A
 
 
 @pytest.mark.parametrize("every", [0, 1, 2])
-@pytest.mark.parametrize("frames", [(1, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize("frames", [(1, 1), (4, 2), (4, 4), (8, 1)])
 @pytest.mark.parametrize("lengths", [[12] * 8, [5, 12, 6, 7, 5, 12, 8, 9]])
 def test_a_whole_step_equals_torchs_counter(every: int, frames: tuple[int, int], lengths: list[int]) -> None:
     """Forward and backward, recomputation included, over real losses."""
@@ -147,8 +152,12 @@ def test_shared_keys_save_what_they_should() -> None:
 
     assert saved(sized("base"), step) == pytest.approx(3 * projection)
     assert saved(sized("base", 4, 2), dataclasses.replace(step, frames=4)) == pytest.approx((8 - 4) * projection)
-    # on several ranks the clips of drawn negatives come from others
-    assert saved(sized("base"), dataclasses.replace(step, world_size=4)) == pytest.approx((4 - 1.75) * projection)
+    # on several ranks the clips of drawn negatives come from others, of which only chosen frames are projected
+    many = dataclasses.replace(step, world_size=4)
+    assert saved(sized("base"), many) == pytest.approx((4 - 1.75) * projection)
+    assert saved(sized("base", 4, 2), dataclasses.replace(many, frames=4)) == pytest.approx((8 - 5.5) * projection)
+    # where fewer frames are looked at than there are, it is they alone
+    assert saved(sized("base", 8, 1), dataclasses.replace(step, frames=8)) == pytest.approx(0)
 
 
 KEYS: list[Any] = ["per pass", "shared"]
@@ -156,9 +165,11 @@ KEYS: list[Any] = ["per pass", "shared"]
 
 @pytest.mark.parametrize("frames", [(1, 1), (4, 2)])
 @pytest.mark.parametrize("changes", [{}, {"decoder__predicted_share": 0.5}, {"vision__mask_ratio": 0.25}])
-@pytest.mark.parametrize("every", [0, 2, 1])
-def test_activations_are_what_autograd_saves(frames: tuple[int, int], changes: dict[str, Any], every: int) -> None:
-    changes = {"text__vocab_size": VOCABULARY, **changes}
+@pytest.mark.parametrize(("every", "what"), [(0, "layer"), (2, "layer"), (1, "layer"), (2, "cheap"), (1, "cheap")])
+def test_activations_are_what_autograd_saves(
+    frames: tuple[int, int], changes: dict[str, Any], every: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"text__vocab_size": VOCABULARY, "vision__checkpoint_what": what, "text__checkpoint_what": what} | changes
     config = sized("tiny", *frames, vision__checkpoint_every=every, text__checkpoint_every=every, **changes)
     module = Pretraining(small_model(config), LossConfig()).train()
     batch = random_batch(config, 8, lengths=[12] * 8)
@@ -171,8 +182,20 @@ def test_activations_are_what_autograd_saves(frames: tuple[int, int], changes: d
             kept[storage] = tensor  # holding on to it, so that no other comes to lie there
         return tensor
 
+    modes: list[Any] = []  # whose caches hold what "cheap" keeps
+
+    def contexts(*arguments: Any) -> Any:
+        modes.append(create_selective_checkpoint_contexts(*arguments))
+        return modes[-1]
+
+    monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", contexts)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(batch)
+    for caching, _ in modes:
+        for result in tree_leaves([entry for entries in caching.storage.values() for entry in entries]):
+            tensor = getattr(result, "val", result)
+            if isinstance(tensor, Tensor):
+                keep(tensor)
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     step = Step(frames[0], 8, 1, Captions.full(12), len(batch.mlm_positions) / 8)
     assert sum(activations(config, LossConfig(), step, FP32).values()) == pytest.approx(saved, rel=0.15)
