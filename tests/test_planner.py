@@ -201,6 +201,28 @@ def test_activations_are_what_autograd_saves(
     assert sum(activations(config, LossConfig(), step, FP32).values()) == pytest.approx(saved, rel=0.15)
 
 
+@pytest.mark.parametrize("vision", [{}, {"vision__keep_rate": 1.0}, {"vision__mask_ratio": 0.0}])
+def test_what_the_vision_encoder_saves(vision: dict[str, Any]) -> None:
+    """Closely: activations keep their input alone."""
+    config = sized("tiny", text__vocab_size=VOCABULARY, **vision)
+    model = small_model(config).train()
+    batch = random_batch(config, 8, lengths=[12] * 8)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    patches = model.patchify(batch.frames)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoded = model.vision(patches, batch.patch_noise)
+    saved = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+    assert encoded.tokens.requires_grad
+    planned = activations(config, LossConfig(), Step(1, 8, 1, Captions.full(12), 2), FP32)["vision encoder"]
+    assert planned == pytest.approx(saved, rel=0.06)
+
+
 @pytest.mark.parametrize(("stage", "bytes_a_parameter"), [(0, 22), (1, 6 + 16 / 8), (2, 2 + 20 / 8), (3, 22 / 8)])
 def test_zero_divides_what_its_stage_says(stage: int, bytes_a_parameter: float) -> None:
     """bf16 weights 2, float32 copy and moments 12, accumulated gradients 4, and 4 of them in one piece for AdamW."""
