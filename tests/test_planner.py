@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from smaug_ds.config import ConfigError
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.losses import LossConfig
+from smaug_ds.model import recompute
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.planner.calibration import Measured, rows, speed
 from smaug_ds.planner.cluster import ASSUMED_EFFICIENCY, DEVICES, ClusterConfig, Machine
@@ -72,6 +75,8 @@ def work(model: ModelConfig | None = None, precision: Precision = BF16, **change
         {"frames": 4, "frames_kept": 4},
         {"frames": 8, "frames_kept": 2, "vision__sparsify_layers": (2,), "vision__depth": 7},
         {"answer_layers": 2, "projection": 48, "decoder__depth": 1, "selector__mlp_width": 768},
+        {"vision__layout": "beit"},
+        {"vision__layout": "beit", "vision__pooling": "mean", "vision__depth": 11},
     ],
 )
 def test_parameters_equal_the_built_model(size: str, changes: dict[str, Any]) -> None:
@@ -108,7 +113,7 @@ def test_forward_operations_equal_torchs_counter(size: str, changes: dict[str, A
 
 
 @pytest.mark.parametrize("every", [0, 1, 2])
-@pytest.mark.parametrize("frames", [(1, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize("frames", [(1, 1), (4, 2), (4, 4), (8, 1)])
 @pytest.mark.parametrize("lengths", [[12] * 8, [5, 12, 6, 7, 5, 12, 8, 9]])
 def test_a_whole_step_equals_torchs_counter(every: int, frames: tuple[int, int], lengths: list[int]) -> None:
     """Forward and backward, recomputation included, over real losses."""
@@ -147,8 +152,12 @@ def test_shared_keys_save_what_they_should() -> None:
 
     assert saved(sized("base"), step) == pytest.approx(3 * projection)
     assert saved(sized("base", 4, 2), dataclasses.replace(step, frames=4)) == pytest.approx((8 - 4) * projection)
-    # on several ranks the clips of drawn negatives come from others
-    assert saved(sized("base"), dataclasses.replace(step, world_size=4)) == pytest.approx((4 - 1.75) * projection)
+    # on several ranks the clips of drawn negatives come from others, of which only chosen frames are projected
+    many = dataclasses.replace(step, world_size=4)
+    assert saved(sized("base"), many) == pytest.approx((4 - 1.75) * projection)
+    assert saved(sized("base", 4, 2), dataclasses.replace(many, frames=4)) == pytest.approx((8 - 5.5) * projection)
+    # where fewer frames are looked at than there are, it is they alone
+    assert saved(sized("base", 8, 1), dataclasses.replace(step, frames=8)) == pytest.approx(0)
 
 
 KEYS: list[Any] = ["per pass", "shared"]
@@ -156,9 +165,11 @@ KEYS: list[Any] = ["per pass", "shared"]
 
 @pytest.mark.parametrize("frames", [(1, 1), (4, 2)])
 @pytest.mark.parametrize("changes", [{}, {"decoder__predicted_share": 0.5}, {"vision__mask_ratio": 0.25}])
-@pytest.mark.parametrize("every", [0, 2, 1])
-def test_activations_are_what_autograd_saves(frames: tuple[int, int], changes: dict[str, Any], every: int) -> None:
-    changes = {"text__vocab_size": VOCABULARY, **changes}
+@pytest.mark.parametrize(("every", "what"), [(0, "layer"), (2, "layer"), (1, "layer"), (2, "cheap"), (1, "cheap")])
+def test_activations_are_what_autograd_saves(
+    frames: tuple[int, int], changes: dict[str, Any], every: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"text__vocab_size": VOCABULARY, "vision__checkpoint_what": what, "text__checkpoint_what": what} | changes
     config = sized("tiny", *frames, vision__checkpoint_every=every, text__checkpoint_every=every, **changes)
     module = Pretraining(small_model(config), LossConfig()).train()
     batch = random_batch(config, 8, lengths=[12] * 8)
@@ -171,11 +182,45 @@ def test_activations_are_what_autograd_saves(frames: tuple[int, int], changes: d
             kept[storage] = tensor  # holding on to it, so that no other comes to lie there
         return tensor
 
+    modes: list[Any] = []  # whose caches hold what "cheap" keeps
+
+    def contexts(*arguments: Any) -> Any:
+        modes.append(create_selective_checkpoint_contexts(*arguments))
+        return modes[-1]
+
+    monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", contexts)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(batch)
+    for caching, _ in modes:
+        for result in tree_leaves([entry for entries in caching.storage.values() for entry in entries]):
+            tensor = getattr(result, "val", result)
+            if isinstance(tensor, Tensor):
+                keep(tensor)
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     step = Step(frames[0], 8, 1, Captions.full(12), len(batch.mlm_positions) / 8)
     assert sum(activations(config, LossConfig(), step, FP32).values()) == pytest.approx(saved, rel=0.15)
+
+
+@pytest.mark.parametrize("vision", [{}, {"vision__keep_rate": 1.0}, {"vision__mask_ratio": 0.0}])
+def test_what_the_vision_encoder_saves(vision: dict[str, Any]) -> None:
+    """Closely: activations keep their input alone."""
+    config = sized("tiny", text__vocab_size=VOCABULARY, **vision)
+    model = small_model(config).train()
+    batch = random_batch(config, 8, lengths=[12] * 8)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    patches = model.patchify(batch.frames)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoded = model.vision(patches, batch.patch_noise)
+    saved = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+    assert encoded.tokens.requires_grad
+    planned = activations(config, LossConfig(), Step(1, 8, 1, Captions.full(12), 2), FP32)["vision encoder"]
+    assert planned == pytest.approx(saved, rel=0.06)
 
 
 @pytest.mark.parametrize(("stage", "bytes_a_parameter"), [(0, 22), (1, 6 + 16 / 8), (2, 2 + 20 / 8), (3, 22 / 8)])
@@ -285,7 +330,7 @@ def test_recipes_of_the_paper_have_their_size() -> None:
 
 def test_nvdec_is_named_when_it_is_slowest() -> None:
     plan, machine = work(sized("base", 4, 2)), Machine.of(ClusterConfig(storage_gb_s=1000))
-    fast = speed([], machine, "base", 4, plan.parameters, True)
+    fast = speed([], machine, "base", 4, plan.parameters, BF16)
     step = predict(plan, machine, fast)
     assert step.bottleneck == "NVDEC"
     engines = 8 * 7 * plan.media.nvdec_pictures_s / plan.media.pictures(4)
@@ -297,11 +342,11 @@ def test_nvdec_is_named_when_it_is_slowest() -> None:
 
 def test_without_a_profile_the_share_of_the_peak_is_told_as_assumed() -> None:
     machine = Machine.of(ClusterConfig())
-    fast = speed([], machine, "base", 1, 1, True)
+    fast = speed([], machine, "base", 1, 1, BF16)
     assert fast.flops == pytest.approx(989e12 * ASSUMED_EFFICIENCY)
     assert any("assumed" in text for text in machine.assumptions)
     told = Machine.of(ClusterConfig(efficiency=0.45, peak_tflops=700))
-    assert speed([], told, "base", 1, 1, True).flops == pytest.approx(700e12 * 0.45)
+    assert speed([], told, "base", 1, 1, BF16).flops == pytest.approx(700e12 * 0.45)
     with pytest.raises(ConfigError, match=r"cluster\.device is cpu.*--profile"):
         Machine.of(ClusterConfig(device="cpu"))
 
@@ -323,7 +368,7 @@ def test_a_measured_step_is_predicted_as_it_was_measured() -> None:
     found = rows(profile, "FILE")
     cluster = ClusterConfig(device="cpu", devices=1, cores=2)
     machine = Machine.of(cluster, calibrated=True)
-    fast = speed(found, machine, "tiny", 1, plan.parameters, False)
+    fast = speed(found, machine, "tiny", 1, plan.parameters, FP32)
     assert fast.flops == pytest.approx(flops / 0.2)
     assert predict(plan, machine, fast).seconds == pytest.approx(0.24, rel=0.001)  # without its wait for data
 
@@ -331,7 +376,7 @@ def test_a_measured_step_is_predicted_as_it_was_measured() -> None:
 def test_ranks_share_the_cores_of_a_host() -> None:
     """Four ranks on two cores take twice as long as two, and what the data path takes of the cores comes on top."""
     plan = work(sized("tiny"), FP32, micro_batch=16, mix={"image": 1.0})
-    fast = speed([Measured("train", "tiny", 1, 1, 16, "fp32", "cpu", 1, 0.2, 1e10)], FAKE, "tiny", 1, 1, False)
+    fast = speed([Measured("train", "tiny", 1, 1, 16, "fp32", "cpu", 1, 0.2, 1e10)], FAKE, "tiny", 1, 1, FP32)
 
     def step(ranks: int, **media: float) -> float:
         cluster = ClusterConfig(device="cpu", devices=ranks, cores=2, link_gb_s=1e6, latency_us=0.001)
@@ -363,7 +408,27 @@ def test_what_is_no_profile_is_refused(profile: Any, expected: str) -> None:
 
 def test_a_profile_of_another_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"measured size tiny.*model\.size base"):
-        speed(rows({"measured": [measured_row()]}, "FILE"), FAKE, "base", 1, 1, False)
+        speed(rows({"measured": [measured_row()]}, "FILE"), FAKE, "base", 1, 1, FP32)
+
+
+@pytest.mark.parametrize("measured", ["cpu", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-80GB"])
+def test_a_profile_of_another_device_is_refused(measured: str) -> None:
+    machine = Machine.of(ClusterConfig(device="h200"))
+    found = rows({"measured": [measured_row(device=measured)]}, "FILE")
+    with pytest.raises(ConfigError, match=rf"measured {measured}, the plan has cluster\.device h200"):
+        speed(found, machine, "tiny", 1, 1, BF16)
+    found += rows({"measured": [measured_row(device="NVIDIA H200", flops_per_step=3e10)]}, "FILE")
+    assert speed(found, machine, "tiny", 1, 1, BF16).flops == pytest.approx(3e10 / 0.2)
+
+
+def test_a_profile_of_the_same_width_goes_first() -> None:
+    wide, narrow = measured_row(), measured_row(dtype="deepspeed", frames=4, world_size=2, flops_per_step=3e10)
+    found = rows({"measured": [wide, narrow]}, "FILE")
+    for precision, row in ((FP32, wide), (BF16, narrow)):
+        assert speed(found, FAKE, "tiny", 1, 1, precision).flops == pytest.approx(row["flops_per_step"] / 0.2)
+    assert "not measured" not in speed(found, FAKE, "tiny", 1, 1, BF16).source
+    told = speed(found[:1], FAKE, "tiny", 1, 1, BF16).source
+    assert "fp32" in told and "computes in 16 bit, which was not measured" in told
 
 
 @pytest.mark.parametrize("device", ["a100", "h200"])
@@ -388,7 +453,7 @@ def test_checkpointing_is_offered_where_it_helps() -> None:
 def test_scaling_goes_from_one_rank_to_1024() -> None:
     plan = work()
     machine = Machine.of(ClusterConfig())
-    found = scaling(plan, ClusterConfig(), speed([], machine, "base", 1, plan.parameters, True), False)
+    found = scaling(plan, ClusterConfig(), speed([], machine, "base", 1, plan.parameters, BF16), False)
     assert [row.weak.ranks for row in found] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     efficiency = [row.weak.unhindered / row.weak.ranks for row in found]
     assert efficiency == sorted(efficiency, reverse=True)

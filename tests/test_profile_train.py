@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,16 +12,22 @@ import pytest
 import torch.distributed as dist
 
 from smaug_ds.config import parse
+from smaug_ds.engine.monitor import PHASES
 from smaug_ds.engine.train import PretrainConfig
+from smaug_ds.planner.calibration import rows, speed
+from smaug_ds.planner.cluster import ClusterConfig, Machine
+from smaug_ds.planner.memory import Precision
 from tests.test_profile_step import CONTRACT
 from tools import profile_train
 from tools.profile_ranks import watched_communication
+from tools.profile_step import Step, StepConfig
 from tools.profile_train import record
+from tools.profile_turns import executed_flops
 
 
 def test_record_of_a_run_takes_the_ranks_agreement_out_of_the_wait_for_data() -> None:
     config = parse(PretrainConfig, None, ["batch.global_size=8", "batch.micro_size=2"])
-    line = {"samples_per_second": 4.0, "peak_memory_bytes": 7.0}
+    line = {"samples_per_second": 4.0, "peak_memory_bytes": 7.0, "loss/image": 1.0}
     for phase, seconds, communication in (("data", 0.3, 0.2), ("forward", 0.5, 0.1), ("backward", 0.9, 0.4)):
         line |= {f"seconds_per_step/{phase}": seconds, f"communication/{phase}": communication}
     line |= {"seconds_per_step/step": 0.2, "communication/step": 0.0}
@@ -32,6 +39,30 @@ def test_record_of_a_run_takes_the_ranks_agreement_out_of_the_wait_for_data() ->
     )
     assert measured["share_waiting_for_data"] == pytest.approx(0.05)
     assert "waits for data 5.0% of a step" in profile_train.tell(measured)
+
+
+@pytest.mark.parametrize("frames", [(1, 1), (4, 2)])
+def test_record_of_a_run_calibrates_a_plan(tmp_path: Path, frames: tuple[int, int]) -> None:
+    """Its operations are those that torch counts, of all micro steps of a rank."""
+    engine = tmp_path / "engine.json"
+    engine.write_text(Path("ds_configs/cpu.json").read_text(encoding="utf-8"), encoding="utf-8")
+    shape = [f"model.frames={frames[0]}", f"model.frames_kept={frames[1]}", "model.size=tiny"]
+    settings = [*shape, "batch.global_size=32", "batch.micro_size=8", f"run.deepspeed={engine}"]
+    config = parse(PretrainConfig, None, settings)
+    medium = "image" if frames[0] == 1 else "video"
+    line = {f"{kind}/{phase}": 0.2 for kind in ("seconds_per_step", "communication") for phase in PHASES}
+    line |= {f"seconds_per_step/{phase}": 1.2 for phase in PHASES}
+    line |= {"samples_per_second": 6.0, "peak_memory_bytes": 7.0, f"loss/{medium}": 1.0}
+    measured = record(config, [line] * 3, 1, "fp32", 24.0)
+    text = dataclasses.replace(config.model.text, max_length=24)
+    model = dataclasses.replace(config.model, text=text)
+    step = StepConfig(model, batch=8, batches=1, captions="full")
+    assert measured["flops_per_step"] == pytest.approx(4 * executed_flops(Step(step)), rel=0.03)
+    found = rows(json.loads(json.dumps({"measured": [measured]})), "FILE")
+    machine = Machine.of(ClusterConfig(device="cpu"), calibrated=True)
+    fast = speed(found, machine, "tiny", frames[0], 1, Precision.of({}))
+    assert fast.flops == pytest.approx(measured["flops_per_step"] / 2)  # forward and backward pass, a second each
+    assert fast.optimizer == pytest.approx(1 / measured["parameters"])
 
 
 def test_communication_is_timed_once_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +96,7 @@ def test_train_runs_two_ranks_from_rendered_shards(tmp_path: Path, capfd: pytest
     assert (measured["what"], measured["world_size"], measured["steps"]) == ("train", 2, 2)
     assert measured["phases"]["communication"] > 0
     assert 10 <= measured["caption_tokens_mean"] <= 18
+    assert measured["flops_per_step"] > 0
     assert {"data", "forward", "backward", "step"} <= set(measured["phases"])
     assert "error" not in capfd.readouterr().err
 

@@ -6,16 +6,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from smaug_ds.config import ConfigError, naming, parse
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine.deepspeed import load_json
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.planner.calibration import Measured, rows
-from smaug_ds.planner.flops import step_flops
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.planner.memory import Precision
 from smaug_ds.planner.prediction import Work
+from tools.plan_corpus import with_vocabulary
 
 PREFIX = "seconds_per_step/"
 
@@ -45,26 +46,38 @@ def row_of_run(folder: Path, media: MediaConfig) -> Measured:
     if not lines:
         raise ConfigError("metrics.jsonl holds no logged step: let the run log one (run.log_every)")
     names = [name for name in lines[-1] if name.startswith(PREFIX)]
-    seen = {medium: sum(f"loss/{medium}" in line for line in lines) for medium in MEDIA}
-    mix = {medium: count / sum(seen.values()) for medium, count in seen.items()}
-    precision = Precision.of(load_json(config.run.deepspeed))
-    work = Work(config.model, config.loss, media, precision, mix, config.batch.global_size, config.batch.micro_size)
-    ranks = summary["world_size"]
-    flops = sum(
-        share * sum(part.total for part in step_flops(work.model, work.loss, step, work.keys).values())
-        for share, step in work.steps(ranks)
-    )
+    work, ranks = work_of_run(config, lines, media), summary["world_size"]
     return Measured(
         what="train",
         size=config.model.size,
         frames=config.model.frames,
         frames_kept=config.model.frames_kept,
         batch=config.batch.micro_size,
-        dtype="bf16" if precision.activation_bytes == 2 else "fp32",
+        dtype="bf16" if work.precision.activation_bytes == 2 else "fp32",
         device=summary["accelerator"],
         world_size=ranks,
         seconds=config.batch.global_size / median(line["samples_per_second"] for line in lines),
-        flops=flops * config.batch.accumulation(ranks),
+        flops=step_flops_of(work, ranks),
         parameters=work.parameters,
         phases={name.removeprefix(PREFIX): median(line[name] for line in lines) for name in names},
     )
+
+
+def work_of_run(config: PretrainConfig, lines: Sequence[dict[str, Any]], media: MediaConfig) -> Work:
+    """What a run trained: its config, and of each medium the share of the logged steps.
+
+    lines: of its metrics.jsonl. Raises ConfigError for a tokenizer or a DeepSpeed JSON that cannot be read, and where
+    no line tells a loss.
+    """
+    config = with_vocabulary(config)
+    seen = {medium: sum(f"loss/{medium}" in line for line in lines) for medium in MEDIA}
+    if not any(seen.values()):
+        raise ConfigError(f"metrics.jsonl: none of {len(lines)} lines has loss/image or loss/video: log a step")
+    mix = {medium: count / sum(seen.values()) for medium, count in seen.items()}
+    precision, batch = Precision.of(load_json(config.run.deepspeed)), config.batch
+    return Work(config.model, config.loss, media, precision, mix, batch.global_size, batch.micro_size)
+
+
+def step_flops_of(work: Work, ranks: int) -> float:
+    """Operations of an optimizer step on one of so many ranks, all its micro steps together."""
+    return work.sample_flops(ranks) * work.global_batch / ranks

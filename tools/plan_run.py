@@ -26,7 +26,7 @@ from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.engine.deepspeed import load_json
 from smaug_ds.engine.optim import Schedule
 from smaug_ds.engine.train import PretrainConfig
-from smaug_ds.planner.calibration import Measured, Speed, speed
+from smaug_ds.planner.calibration import Measured, Speed, of_device, speed
 from smaug_ds.planner.cluster import ClusterConfig, Machine
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.planner.memory import Precision
@@ -90,7 +90,7 @@ def make_plan(config: PlanConfig, profiles: Sequence[str] = (), runs: Sequence[s
     measured = read_measured(profiles, runs, config.media)
     machine = Machine.of(cluster, calibrated=bool(measured))
     accumulation = batch.accumulation(cluster.ranks)
-    fast = speed(measured, machine, config.model.size, config.model.frames, work.parameters, precision.mixed)
+    fast = speed(measured, machine, config.model.size, config.model.frames, work.parameters, precision)
     fit = require_fit(work, machine)
     times = []
     for recipe in recipes:
@@ -117,7 +117,8 @@ def checks(
     found = []
     wanted = (work.model.size, work.model.frames, work.model.frames_kept)
     for row in measured:
-        if (row.size, row.frames, row.frames_kept) == wanted and row.world_size <= cluster.devices:
+        same = (row.size, row.frames, row.frames_kept) == wanted and of_device(row, cluster.device)
+        if same and row.world_size <= cluster.devices:
             machine = Machine.of(cluster.with_ranks(row.world_size), calibrated=True)
             found.append((row, predict(work, machine, fast, micro_batch=row.batch).seconds))
     return found

@@ -25,10 +25,13 @@ from typing import Any
 
 import torch
 
+from smaug_ds import distributed
 from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.engine.monitor import PHASES
 from smaug_ds.engine.train import PretrainConfig
+from smaug_ds.planner.media import MediaConfig
 from smaug_ds.text import Tokenizer
+from tools.plan_measured import step_flops_of, work_of_run
 from tools.profile_clips import ClipStyle, caption, render_corpus
 from tools.profile_machine import conditions, describe
 from tools.profile_output import Bar, Report, add_arguments, check_arguments, plain, table, write
@@ -109,7 +112,7 @@ def _settings(args: argparse.Namespace, scratch: Path) -> list[str]:
 
 def _engine(dtype: str, scratch: Path) -> Path:
     """The DeepSpeed JSON of this device and dtype."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+    if _on_gpu():
         return ROOT / "ds_configs" / "zero2_bf16.json"
     plain_engine = ROOT / "ds_configs" / "cpu.json"
     if dtype == "fp32":
@@ -118,6 +121,10 @@ def _engine(dtype: str, scratch: Path) -> Path:
     path = scratch / "autocast.json"
     path.write_text(json.dumps(engine | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}), encoding="utf-8")
     return path
+
+
+def _on_gpu() -> bool:
+    return distributed.device().type == "cuda"
 
 
 def _dtype(config: PretrainConfig) -> str:
@@ -144,7 +151,12 @@ def record(
 
     ``phases`` are medians in seconds: waiting for data, computing forward, backward and step, and communication, which
     is in none of the others; but on a GPU, where it may run beside the computing, it is in them, too.
+    ``flops_per_step`` is what the planner counts for captions of ``tokens``, by default for those of ``MediaConfig``.
     """
+    media = MediaConfig()
+    if tokens is not None:
+        media = MediaConfig(caption_tokens=tokens, longest_caption=max(tokens, media.longest_caption))
+    work = work_of_run(config, lines, media)
     seconds = Spread.of([config.batch.global_size / line["samples_per_second"] for line in lines])
 
     def median(key: Callable[[dict[str, Any]], float]) -> float:
@@ -163,13 +175,14 @@ def record(
         "batch": config.batch.micro_size,
         "global_batch": config.batch.global_size,
         "dtype": dtype,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if _on_gpu() else "cpu",
         "world_size": ranks,
         "caption_tokens_mean": tokens,
         "seconds_per_step": plain(seconds),
         "steps": len(lines),
         "samples_per_second": config.batch.global_size / seconds.median,
-        "flops_per_step": None,  # see the subcommand model
+        "flops_per_step": step_flops_of(work, ranks),
+        "parameters": work.parameters,
         "matrix_peak_flops": None,
         "mfu": None,
         "peak_memory_bytes": int(lines[-1]["peak_memory_bytes"]),

@@ -268,10 +268,18 @@ def _serve(pipe: Connection, what: StepConfig | External, warmup: int) -> None:
         pass  # closed at the other end: over
     except ValueError as error:  # what a setting can mend; ConfigError is one
         pipe.send(("error", " ".join(str(error).split())))
-    except torch.OutOfMemoryError as error:
+    except BaseException as error:  # of foreign code, whatever it is: told, and the process ends
+        if not _too_large(error):
+            traceback.print_exc()
+            raise SystemExit(1) from None
         pipe.send(("memory", f"out of memory: lower batch ({str(error).splitlines()[0]})"))
-    except BaseException:  # of foreign code, whatever it is: told, and the process ends
-        traceback.print_exc()
-        raise SystemExit(1) from None
     finally:
         distributed.shutdown()
+
+
+def _too_large(error: BaseException) -> bool:
+    """Whether the device's memory is what failed: torch's allocator says so by type, libraries that take memory of
+    their own (cuBLAS, cuDNN, the CUDA runtime) by a RuntimeError's text alone."""
+    told = str(error).lower()
+    said = any(text in told for text in ("out of memory", "status_alloc_failed"))
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from smaug_ds.config import ConfigError
 from smaug_ds.planner.cluster import Machine
+from smaug_ds.planner.memory import Precision
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,54 @@ class Speed:
     source: str
 
 
-def speed(found: Sequence[Measured], machine: Machine, size: str, frames: int, parameters: int, mixed: bool) -> Speed:
+def of_device(row: Measured, device: str) -> bool:
+    """Whether ``row`` was measured on ``cluster.device``: cpu, or a word in the name of a GPU, as in NVIDIA H200."""
+    return re.search(rf"\b{re.escape(device)}\b", row.device, re.IGNORECASE) is not None
+
+
+def speed(
+    found: Sequence[Measured], machine: Machine, size: str, frames: int, parameters: int, precision: Precision
+) -> Speed:
     """From the measured row that is nearest to the planned step, or, without rows, from ``machine``.
 
-    Of rows of the same size it is the one of the fewest ranks, then of the nearest number of frames. A measured step of
-    one rank also tells what AdamW costs; of several, that time holds the exchange of gradients, too.
+    Of rows of the same device and size it is one in the width of the plan's dtype, 16 or 32 bit, if there is one; then
+    that of the fewest ranks, then of the nearest number of frames. A row of another width is taken and ``source`` says
+    so. A measured step of one rank also tells what AdamW costs; of several, that time holds the exchange of gradients,
+    too.
+
+    Raises ConfigError where all rows are of another device or size.
     """
-    assumed = parameter_bytes(mixed) / machine.memory_bytes_s
-    fitting = [row for row in found if row.flops and row.size == size]
-    if not fitting:
-        if found:
-            sizes = ", ".join(sorted({row.size for row in found}))
-            raise ConfigError(f"the profile measured size {sizes}, the plan has model.size {size}: measure that")
+    device = machine.cluster.device
+    assumed = parameter_bytes(precision.mixed) / machine.memory_bytes_s
+    if not found:
         return Speed(machine.peak_flops * machine.efficiency, assumed, f"{machine.efficiency:.0%} of the peak")
-    row = min(fitting, key=lambda row: (row.world_size, abs(row.frames - frames), row.what != "train"))
+    here = [row for row in found if of_device(row, device)]
+    if not here:
+        names = ", ".join(sorted({row.device for row in found}))
+        raise ConfigError(f"the profile measured {names}, the plan has cluster.device {device}: measure there")
+    of_size = [row for row in here if row.size == size]
+    if not of_size:
+        sizes = ", ".join(sorted({row.size for row in here}))
+        raise ConfigError(f"the profile measured size {sizes}, the plan has model.size {size}: measure that")
+    fitting = [row for row in of_size if row.flops]
+    if not fitting:
+        raise ConfigError("flops_per_step is missing in all rows of the profile: measure anew with this version")
+    narrow = precision.activation_bytes == 2
+    row = min(
+        fitting,
+        key=lambda row: (
+            (row.dtype != "fp32") != narrow,
+            row.world_size,
+            abs(row.frames - frames),
+            row.what != "train",
+        ),
+    )
     optimizer = assumed
     if row.world_size == 1 and "step" in row.phases:
         optimizer = row.phases["step"] / (row.parameters or parameters)
     source = f"measured: {row.what}, {row.frames} frames, batch {row.batch}, {row.dtype}, {row.world_size} ranks"
+    if (row.dtype != "fp32") != narrow:
+        source += f"; the plan computes in {'16' if narrow else '32'} bit, which was not measured"
     return Speed(row.flops / row.compute_seconds, optimizer, source)
 
 

@@ -225,15 +225,15 @@ def _fusion(model: ModelConfig, step: Step, passes: int, keys: Keys, tokens: int
 def projected_tokens(model: ModelConfig, step: Step, passes: int, keys: Keys, tokens: int) -> float:
     """Visual tokens whose keys and values each fusion layer computes in a micro step.
 
-    Shared, all frames of a clip are projected once and the chosen ones taken from there; clips of other ranks that were
-    drawn as negatives come on top.
+    Shared, all frames of a clip are projected once and the chosen ones taken from there, unless fewer are looked at
+    than there are. Of clips of other ranks that were drawn as negatives only the chosen frames come on top.
     """
+    chosen = min(step.frames, model.frames_kept)
     if keys == "per pass":
-        return step.batch * passes * min(step.frames, model.frames_kept) * tokens
-    if passes == 1 and step.frames > model.frames_kept:  # frames that nobody looks at are left out
-        return step.batch * model.frames_kept * tokens
-    foreign = step.batch * (1 - 1 / step.world_size) if passes > 1 else 0.0
-    return (step.batch + foreign) * step.frames * tokens
+        return step.batch * passes * chosen * tokens
+    foreign = (1 - 1 / step.world_size) if passes > 1 else 0.0  # clips from other ranks, for each of a rank's own
+    own = min((passes - foreign) * chosen, step.frames)
+    return step.batch * (own + foreign * chosen) * tokens
 
 
 def _pixel_decoder(model: ModelConfig, tokens: int) -> Flops:

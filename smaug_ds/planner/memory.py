@@ -20,6 +20,9 @@ MOMENTS = 2 * FLOAT  # AdamW's, a parameter
 LANGUAGE_BLOCK = 12  # elements a token and unit of width that a post-norm layer saves beside its MLP
 CROSSING = 6  # the same of its cross-attention, on the side of the caption
 PRE_NORM_BLOCK = 8  # the same of a pre-norm layer, both halves
+# Of a layer that recomputes what is cheap alone, its input and the results of matrix products and attention: queries,
+# keys and values 3, attention and what its output matrix makes of it 2, the MLP's result 1; beside the MLP's width.
+CHEAP_BLOCK, CHEAP_CROSSING = 7, 3
 
 # What the matching loss brings from other ranks: the visual tokens of all their clips ("all"), or those of the drawn
 # negatives ("drawn").
@@ -128,17 +131,20 @@ def activations(
     text = model.text
     words = step.batch * step.captions.mean * size
     layer = LANGUAGE_BLOCK * text.width + 2 * text.mlp_width
-    every = text.checkpoint_every
-    parts["text encoder"] = words * passes * (3 * text.width + _kept(text.text_layers, every, layer, text.width))
+    every, cheap = text.checkpoint_every, text.checkpoint_what == "cheap"
+    again = CHEAP_BLOCK * text.width + text.mlp_width if cheap else text.width
+    parts["text encoder"] = words * passes * (3 * text.width + _kept(text.text_layers, every, layer, again))
     if fused:
         crossing = layer + CROSSING * text.width
-        captions = words * fused * _kept(text.fusion_layers, every, crossing, text.width)
+        again += CHEAP_CROSSING * text.width * cheap
+        captions = words * fused * _kept(text.fusion_layers, every, crossing, again)
         seen = step.batch * fused * min(step.frames, model.frames_kept) * tokens * vision.width
         projected = projected_tokens(model, step, fused, keys, tokens) * 2 * text.width
-        again = text.fusion_layers // every if every and keys == "per pass" else 0
+        # projected within the layer, they are recomputed with it; "cheap" keeps them as it does all products
+        recomputed = text.fusion_layers // every if every and keys == "per pass" and not cheap else 0
         # the tokens that a pass sees are copied out of those of all clips, once for the pairs and once as chosen
         copies = 1 + (step.frames > model.frames_kept)
-        visual = size * (copies * seen + projected * (text.fusion_layers - again))
+        visual = size * (copies * seen + projected * (text.fusion_layers - recomputed))
         parts["multi-modal encoder"] = captions + visual
     if loss.mvm:
         parts["pixel decoder"] = clips * _pixel_decoder(model, size)
@@ -166,7 +172,7 @@ def transient(model: ModelConfig, step: Step, precision: Precision) -> float:
     """Bytes that come and go within a micro step: the recomputation of one layer, pixels in float32."""
     vision, text, size = model.vision, model.text, precision.activation_bytes
     tokens = visible_count(vision.patches, vision.mask_ratio) + 1
-    layer = step.batch * step.frames * tokens * (PRE_NORM_BLOCK * vision.width + 3 * vision.mlp_width)
+    layer = step.batch * step.frames * tokens * (PRE_NORM_BLOCK * vision.width + 2 * vision.mlp_width)
     pixels = step.batch * step.frames * 3 * vision.image_size**2 * FLOAT
     caption = 3 * step.batch * step.captions.mean * (LANGUAGE_BLOCK * text.width + 2 * text.mlp_width)
     recomputed = max(layer * bool(vision.checkpoint_every), caption * bool(text.checkpoint_every))
@@ -185,9 +191,11 @@ def _vision(model: ModelConfig) -> float:
         every = vision.checkpoint_every
         if every and number % every == 0:
             total += entering * vision.width
+            if vision.checkpoint_what == "cheap":
+                total += entering * (CHEAP_BLOCK - 2) * vision.width + (tokens + 1) * (vision.width + vision.mlp_width)
             continue
-        # QuickGELU saves its input, its sigmoid and its output
-        total += entering * 6 * vision.width + (tokens + 1) * (2 * vision.width + 3 * vision.mlp_width)
+        # the activation saves its input, the matrix behind it what it makes of that
+        total += entering * 6 * vision.width + (tokens + 1) * (2 * vision.width + 2 * vision.mlp_width)
         if number in vision.sparsify_layers:  # the kept tokens, gathered and put together
             total += entering * vision.width
     return total + 2 * (tokens + 1) * vision.width
@@ -206,7 +214,7 @@ def _pixel_decoder(model: ModelConfig, size: int) -> float:
     return size * (blocks + around) + predicted * 3 * vision.patch_size**2 * FLOAT
 
 
-def _kept(layers: int, every: int, layer: float, width: int) -> float:
-    """Elements a token of ``layers``, of which every n-th keeps its input only."""
-    again = layers // every if every else 0
-    return (layers - again) * layer + again * width
+def _kept(layers: int, every: int, layer: float, again: float) -> float:
+    """Elements a token of ``layers`` that keep ``layer``, of which every n-th is recomputed and keeps ``again``."""
+    recomputed = layers // every if every else 0
+    return (layers - recomputed) * layer + recomputed * again

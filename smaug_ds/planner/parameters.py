@@ -5,8 +5,10 @@ Letters: D width, F width of an MLP, N patches, P patch size.
 
 from __future__ import annotations
 
+from smaug_ds.model.beit import relative_places
 from smaug_ds.model.language import TextConfig
 from smaug_ds.model.smaug import ModelConfig
+from smaug_ds.model.vision import VisionConfig
 
 MLP_RATIO = 4  # of timm's Block, where a config does not name the MLP's width
 
@@ -19,11 +21,7 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     vision, text, decoder = model.vision, model.text, model.decoder
     pixels = 3 * vision.patch_size**2
     counts = {
-        "vision encoder": pixels * vision.width
-        + vision.width
-        + (vision.patches + 1) * vision.width
-        + 2 * norm(vision.width)
-        + vision.depth * block(vision.width, vision.mlp_width),
+        "vision encoder": vision_encoder(vision),
         "pixel decoder": linear(vision.width, decoder.width)
         + decoder.width
         + vision.patches * decoder.width
@@ -53,6 +51,18 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     if model.answer_layers:
         counts["answer decoder"] = model.answer_layers * crossing_block(text, text.width)
     return counts
+
+
+def vision_encoder(vision: VisionConfig) -> int:
+    """CLIP's, or BEiT's: a bias of the patch embedding, no norm before the first layer, another one for the mean of the
+    patches where that speaks for a frame, and in each layer a bias table and two scales."""
+    tokens = 3 * vision.patch_size**2 * vision.width + vision.width + (vision.patches + 1) * vision.width
+    layer = block(vision.width, vision.mlp_width)
+    if vision.layout == "clip":
+        return tokens + 2 * norm(vision.width) + vision.depth * layer
+    layer += relative_places(vision.patches) * vision.heads + 2 * vision.width
+    norms = 2 if vision.pooling == "mean" else 1
+    return tokens + vision.width + norms * norm(vision.width) + vision.depth * layer
 
 
 def linear(inputs: int, outputs: int) -> int:
