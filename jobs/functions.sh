@@ -114,8 +114,12 @@ ask_to_stop() { # SIGNAL
         echo "== told to stop: ended at once"
         [ -z "$child" ] || end_now
     else
-        echo "== told to stop: the ranks save after the step that they are in"
-        touch "$RUN/stop"
+        if touch "$RUN/stop"; then
+            echo "== told to stop: the ranks save after the step that they are in"
+        else
+            echo "error: told to stop, but $RUN/stop cannot be written, so that the ranks go on: make room there and" \
+                "\`touch\` it, send them SIGTERM, or press Ctrl-C twice to end them without saving" >&2
+        fi
     fi
     stopping=$1
 }
@@ -190,17 +194,19 @@ keep_running() { # ARGUMENT ...: those of smaug_ds.TASK
         mkdir -p "$logs" || fail "$logs cannot be written"
         record "$logs"
         [ "$PREFLIGHT" = 0 ] || look "$attempt" "$@" || code=$?
+        # another host may have been told to stop
+        if [ "$TASK" != evaluate ] && [ -e "$RUN/stop" ]; then stopping=${stopping:-FILE}; fi
         if [ $code = 0 ] && [ -z "$stopping" ]; then
             rank_logs=("--enable_each_rank_log=$logs")
             follow "$logs/launcher.log" start "smaug_ds.$TASK" "$@" || code=$?
         elif [ $code = 0 ]; then
             code=85 # before the first step
-            rm -f "$RUN/stop"
+            [ -n "${NODE_RANK:-}" ] || rm -f "$RUN/stop" # else it is there for the scripts of the other hosts
         fi
         echo "== ended with code $code after start $attempt; logs in $logs"
         tell_errors
         case $code in
-            0 | 85 | 2) return $code ;; # 2 is nothing that another start would mend
+            0 | 85 | 2 | 87) return $code ;; # 2 and 87 are nothing that another start would mend
         esac
         [ -z "$stopping" ] || break
     done
@@ -220,7 +226,9 @@ slurm_job() { # sets up what the ranks of a SLURM job need to meet
     printf "%s slots=$ranks\n" "${names[@]}" > "$HOSTS"
     hosts=(--hosts "$(IFS=,; echo "${names[*]}")")
     enter_container srun
-    if end=$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s 2>/dev/null); then
+    # `date -d ""` would be today's midnight
+    if end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e) && [ -n "$end" ] &&
+        end=$(date -d "$end" +%s 2>/dev/null); then
         export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$end} # from SLURM itself in newer versions
     fi
     echo "== job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NNODES nodes (${names[*]}) of $ranks ranks, run $RUN"

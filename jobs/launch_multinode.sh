@@ -18,7 +18,7 @@ HOSTS=$(realpath "$HOSTS")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/functions.sh
 
-mapfile -t names < <(awk 'NF { print $1 }' "$HOSTS")
+mapfile -t names < <(awk 'NF && $1 !~ /^#/ { print $1 }' "$HOSTS")
 NUM_NODES=${NUM_NODES:-${#names[@]}}
 [ "$NUM_NODES" -le "${#names[@]}" ] || fail "NUM_NODES is $NUM_NODES, but $HOSTS names ${#names[@]} hosts"
 names=("${names[@]:0:NUM_NODES}") hosts=(--hosts "$(IFS=,; echo "${names[*]:0:NUM_NODES}")")

@@ -9,7 +9,7 @@ source jobs/environment.sh
 
 place=()
 if [ -n "${HOSTS:-}" ]; then
-    mapfile -t names < <(awk 'NF { print $1 }' "$HOSTS")
+    mapfile -t names < <(awk 'NF && $1 !~ /^#/ { print $1 }' "$HOSTS")
     network_settings "${names[@]}"
     place=(--hostfile "$HOSTS" --no_ssh --node_rank "${NODE_RANK:-${SLURM_NODEID:?}}"
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")

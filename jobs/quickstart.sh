@@ -45,6 +45,22 @@ python tools/prepare_corpus.py ${data:+--data "$data"} ${media_root:+--media-roo
     ${clips:+--clips "$clips"} --out "$out" --ranks "$ranks" --workers "$(nproc)"
 corpus=(); while IFS= read -r line; do corpus+=("$line"); done < "$out/corpus.args"
 
+follow() { # COMMAND ...: runs it to its end, hands signals on to it, and returns its code
+    local code=0 child signal
+    set -m # a process group of its own: Ctrl-C reaches it once, from here, and is not ignored as in the background
+    "$@" &
+    child=$!
+    set +m
+    # shellcheck disable=SC2064 # these values
+    for signal in INT TERM USR1; do trap "kill -$signal $child 2>/dev/null || true" "$signal"; done
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child" || true
+    done
+    wait "$child" || code=$?
+    trap - INT TERM USR1
+    return $code
+}
+
 launch() { # stage, further key=value: starts or resumes it under the launcher, unless it is finished
     local stage=$1 settings code=0
     shift
@@ -54,7 +70,7 @@ launch() { # stage, further key=value: starts or resumes it under the launcher, 
         began=() # the report then adds up what the stages took
         return
     fi
-    TASK=pretrain RUN=$out/$stage RANKS=$ranks RESTARTS=0 PREFLIGHT=0 bash jobs/launch_local.sh \
+    follow env TASK=pretrain RUN="$out/$stage" RANKS="$ranks" RESTARTS=0 PREFLIGHT=0 bash jobs/launch_local.sh \
         --config "jobs/experiments/quickstart_$stage.yaml" "${engine[@]}" "${corpus[@]}" "$@" "${overrides[@]}" || code=$?
     [ $code != 85 ] || echo "== stopped and saved: the same command goes on from here"
     [ $code = 0 ] || exit $code

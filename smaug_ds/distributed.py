@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -199,7 +199,8 @@ def print_error(error: Exception) -> None:
     The others wait a little: when a rank leaves, the launcher ends all of them, and the first one has to have spoken.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a file on a full disk; the exit code tells, too
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     else:
         time.sleep(SECONDS_TO_SPEAK)
 

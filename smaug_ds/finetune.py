@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError, add_arguments, naming, parse
+from smaug_ds.config import add_arguments, naming, parse
 from smaug_ds.data.config import DataConfig
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.finetuning import FinetuneConfig, open_task
 from smaug_ds.engine.optim import OptimConfig
-from smaug_ds.engine.run import REPORTED, run
+from smaug_ds.engine.run import REPORTED, exit_code, run
 from smaug_ds.engine.watchdog import Watchdog
 from smaug_ds.losses import LossConfig
 from smaug_ds.model.pretrained import ARCHITECTURE, read_architecture
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(config, watchdog, open_task)
     except REPORTED as error:
         distributed.print_error(error)  # all ranks raise it, see distributed.agreeing
-        return 2 if isinstance(error, ConfigError) else 1
+        return exit_code(error)
     finally:
         distributed.shutdown()
 

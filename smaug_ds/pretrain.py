@@ -3,7 +3,8 @@
     deepspeed --module smaug_ds.pretrain --config FILE key=value ...
 
 A run in ``run.folder`` that was broken off goes on from its last checkpoint. Exit codes: 0 finished, 85 told to stop
-and saved (start it again), 86 it hung, 2 a setting is wrong, 1 anything else.
+and saved (start it again), 86 it hung, 87 too many samples or a loss fail, 2 a setting is wrong or there is no room, 1
+anything else.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError, add_arguments, parse
-from smaug_ds.engine.run import REPORTED, run
+from smaug_ds.config import add_arguments, parse
+from smaug_ds.engine.run import REPORTED, exit_code, run
 from smaug_ds.engine.tasks import RetrievalTask
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.engine.watchdog import Watchdog
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return pretrain(config, watchdog)
     except REPORTED as error:
         distributed.print_error(error)  # all ranks raise it, see distributed.agreeing
-        return 2 if isinstance(error, ConfigError) else 1
+        return exit_code(error)
     finally:
         distributed.shutdown()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -17,7 +18,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from smaug_ds import distributed
 from smaug_ds.engine import checkpoint, files
+from tests.ranks import run_ranks
 
 
 class FakeEngine:
@@ -107,7 +110,8 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_written_again(tmp_path: 
     name, state, _ = load(tmp_path)
     assert (name, state["step"]) == ("step_4", 4)
     assert len(WARNINGS) == 1 and "step_12/engine/weights.pt is damaged, its bytes is 5994 instead of" in WARNINGS[0]
-    assert "going on from step_4, 2 before it passed over" in WARNINGS[0]
+    assert "going on from step_4, 2 before it passed over and now called damaged_step_N" in WARNINGS[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged_step_12", "damaged_step_8", "latest", "step_4"]
     save(tmp_path, 8, keep=3)  # the run that went on comes by the same steps
     save(tmp_path, 12, keep=3)
     assert load(tmp_path)[0] == "step_12" and len(WARNINGS) == 1
@@ -115,6 +119,62 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_written_again(tmp_path: 
         (tmp_path / f"step_{step}" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"none of step_12, step_8, step_4 in .* is whole: .*step_12/manifest\.json"):
         checkpoint.open_latest(tmp_path, WARNINGS.append)
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    for damaged in ("damaged_step_8", "damaged_step_8_1"):
+        save(tmp_path, 8)
+        (tmp_path / "step_8" / "manifest.json").unlink()
+        assert load(tmp_path)[0] == "step_4"
+        assert (tmp_path / damaged).is_dir()
+    save(tmp_path, 12)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_12", "step_4"]
+
+
+@pytest.mark.parametrize("pointer", [b"\0" * 7, b"step_", b"\xff\xfe", b"step_x"])
+def test_a_pointer_that_names_nothing_is_passed_over_loudly(tmp_path: Path, pointer: bytes) -> None:
+    save(tmp_path, 4), save(tmp_path, 16)
+    (tmp_path / "latest").write_bytes(pointer)
+    WARNINGS.clear()
+    assert load(tmp_path)[1]["step"] == 16
+    assert len(WARNINGS) == 1 and "latest names no checkpoint; going on from step_16" in WARNINGS[0]
+    assert files.read_pointer(tmp_path) == "step_16"
+
+
+@pytest.mark.parametrize("manifest", ["[]", '{"files": [1]}', '{"files": {"a": 1}}', "null"])
+def test_a_manifest_of_another_form_is_damage(tmp_path: Path, manifest: str) -> None:
+    save(tmp_path, 4), save(tmp_path, 8)
+    (tmp_path / "step_8" / "manifest.json").write_text(manifest)
+    WARNINGS.clear()
+    assert load(tmp_path)[1]["step"] == 4
+    assert "step_8/manifest.json cannot be read" in WARNINGS[0]
+
+
+def read_with_a_bad_sector(folder: str) -> tuple[str, list[str]]:
+    """Rank 1 of 2 cannot read a file of the newest checkpoint."""
+    told: list[str] = []
+    whole = checkpoint.describe
+
+    def describe(path: Path) -> dict[str, Any]:
+        if distributed.rank() == 1 and path.parent.name == "step_8":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # without a name, as `read` raises it
+        return whole(path)
+
+    checkpoint.describe = describe
+    try:
+        opened = checkpoint.open_latest(Path(folder), told.append)
+    finally:
+        checkpoint.describe = whole
+    assert opened is not None
+    return opened[0].name, told
+
+
+def test_a_file_that_one_rank_cannot_read_is_damage_for_all(tmp_path: Path) -> None:
+    save(tmp_path, 4), save(tmp_path, 8)
+    for name, told in run_ranks(read_with_a_bad_sector, 2, str(tmp_path)):
+        assert name == "step_4" and len(told) == 1
+        assert "rank 1: " in told[0] and "/step_8/" in told[0] and "cannot be read: Input/output error" in told[0]
 
 
 def test_saving_the_latest_step_again_does_nothing(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from smaug_ds import distributed
 from smaug_ds.engine import elastic
 from smaug_ds.engine.files import (
     ARCHITECTURE,
+    DAMAGED,
     LATEST,
     MANIFEST,
     STATE,
@@ -28,6 +29,7 @@ from smaug_ds.engine.files import (
     describe,
     point_to,
     read_pointer,
+    set_aside,
     step_numbers,
     step_of,
 )
@@ -58,7 +60,8 @@ def open_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[s
     """The checkpoint of ``folder`` to resume from and its state, see ``read_state``; None where there is none at all.
 
     That is the one that ``latest`` names. If it is damaged, or nothing is named, it is the newest older one that is
-    whole; ``warn`` is told, and the pointer goes back to it. All ranks call it.
+    whole; ``warn`` is told, the pointer goes back to it, and the damaged ones are called ``damaged_step_N``. All ranks
+    call it.
 
     Raises:
         ValueError: there are checkpoints, but not one is whole; the message says what is wrong with the newest.
@@ -72,11 +75,16 @@ def open_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[s
             damage.append(str(error))
             continue
         if read_pointer(folder) != name:
-            reason = damage[0] if damage else f"{folder / LATEST} is missing or empty"
-            warn(f"WARNING: {reason}; going on from {name}, {number} before it passed over")
+            empty = "names no checkpoint" if read_pointer(folder) else "is missing or empty"
+            reason = damage[0] if damage else f"{folder / LATEST} {empty}"
+            called = f" and now called {DAMAGED}step_N" if number else ""
+            warn(f"WARNING: {reason}; going on from {name}, {number} before it passed over{called}")
             distributed.barrier()
             if distributed.is_main():
                 point_to(folder, name)
+                for passed in candidates[:number]:
+                    if step_of(passed) >= 0 and (folder / passed).is_dir():
+                        set_aside(folder, passed)
             distributed.barrier()
         return folder / name, state
     if damage:
@@ -92,7 +100,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     All ranks call it. Raises ValueError naming a file that is missing or damaged.
     """
     verify(checkpoint)
-    return json.loads((checkpoint / STATE).read_text())
+    with distributed.agreeing(ValueError):
+        try:
+            return json.loads((checkpoint / STATE).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{checkpoint / STATE} cannot be read ({error})") from error
 
 
 def restore(engine: Any, checkpoint: Path) -> dict[str, Any]:
@@ -126,16 +138,17 @@ def verify(checkpoint: Path) -> None:
     """Compares every file with the manifest; the ranks share the work. Raises ValueError naming what is damaged."""
     with distributed.agreeing(ValueError):
         try:
-            expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError) as error:
+            listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+            expected = {name: {fact: facts[fact] for fact in ("bytes", "sha256")} for name, facts in listed.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{checkpoint / MANIFEST} cannot be read ({error})") from error
     found = describe_all(checkpoint)
     for name, facts in expected.items():
         if name not in found:
             raise ValueError(f"{checkpoint / name} is missing")
-        for fact in ("bytes", "sha256"):
-            if facts[fact] != found[name][fact]:
-                wrong = f"{fact} is {found[name][fact]} instead of {facts[fact]}"
+        for fact, value in facts.items():
+            if value != found[name][fact]:
+                wrong = f"{fact} is {found[name][fact]} instead of {value}"
                 raise ValueError(f"{checkpoint / name} is damaged, its {wrong}")
 
 
@@ -193,16 +206,26 @@ def _candidates(folder: Path) -> list[str]:
     """Names of the checkpoints that a run may go on from, the one that ``latest`` names first, then older ones."""
     named = read_pointer(folder)
     numbers = sorted(step_numbers(folder), reverse=True)
-    if not named:
-        return [f"step_{number}" for number in numbers]
-    return [named, *(f"step_{number}" for number in numbers if number < step_of(named))]
+    if named and step_of(named) >= 0:
+        return [named, *(f"step_{number}" for number in numbers if number < step_of(named))]
+    copy = [named] if named and (folder / named).is_dir() else []  # of the user's; else a pointer that was damaged
+    return [*copy, *(f"step_{number}" for number in numbers)]
 
 
 def describe_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file but the manifest, by relative path; each rank takes its share."""
+    """Size and hash of every file but the manifest, by relative path; each rank takes its share.
+
+    Raises ValueError on all ranks, naming the file, when one of them cannot be read.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     share = files[distributed.rank() :: distributed.world_size()]
-    own = {path.relative_to(folder).as_posix(): describe(path) for path in share}
+    own = {}
+    with distributed.agreeing(ValueError):
+        for path in share:
+            try:
+                own[path.relative_to(folder).as_posix()] = describe(path)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     return dict(sorted(item for part in distributed.gather_objects(own) for item in part.items()))
 
 

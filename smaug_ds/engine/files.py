@@ -13,6 +13,7 @@ RUN/checkpoints/step_120/manifest.json     size and SHA-256 of every other file
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ WEIGHTS = "model.safetensors"
 ARCHITECTURE = "config.json"
 STATE = "state.json"
 ASIDE = ".writing-"  # begins the names of what is not finished
+DAMAGED = "damaged_"  # begins the names of what was passed over
 
 
 @dataclass(frozen=True)
@@ -136,21 +138,28 @@ def publish(aside: Path, final: Path, files: Mapping[str, Any], best: Mapping[st
     """Lists ``files``, renames the folder, then moves the pointers; each is on disk before the next.
 
     files: size and hash by relative path; what the engine wrote itself is added.
-    Returns the size of the checkpoint, bytes.
+    Returns the size of the checkpoint, bytes. Raises OSError when this host does not see one of ``files`` whole.
     """
+    for name, facts in files.items():  # on a network's disk another host's file may not have arrived
+        size = (aside / name).stat().st_size if (aside / name).is_file() else None
+        if size != facts["bytes"]:
+            seen = "is not seen" if size is None else f"has {size} bytes instead of {facts['bytes']}"
+            raise OSError(errno.EIO, f"{name}, which a rank has written, {seen} on the main rank's host")
     found = sorted(path for path in aside.rglob("*") if path.is_file() and path.name != MANIFEST)
     names = {path.relative_to(aside).as_posix(): path for path in found}
-    listed = {name: files.get(name) or sync_and_describe(path) for name, path in names.items()}
+    added = {name: sync_and_describe(path) for name, path in names.items() if name not in files}
+    listed = dict(sorted({**added, **files}.items()))
     manifest = write_text(aside / MANIFEST, as_json({"format": 1, "files": listed}))
     for inner in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
         sync_folder(inner)
     folder, texts = final.parent, {LATEST: final.name + "\n"}
     if best is not None:
-        texts = {BEST: as_json(best), **texts}
+        texts[BEST] = as_json(best)  # last: until `latest` has moved, the best one so far has to be known
     for name, text in texts.items():  # from here on nothing needs room
         write_text(folder / f"{ASIDE}{name}", text)
     os.rename(aside, final)
     sync_folder(folder)
+    sync_folder(folder.parent)  # `checkpoints` itself may be new
     for name in texts:
         os.replace(folder / f"{ASIDE}{name}", folder / name)
         sync_folder(folder)
@@ -173,16 +182,35 @@ def replace_text(path: Path, text: str) -> None:
 def read_pointer(folder: Path) -> str | None:
     """Name of the checkpoint to resume from."""
     pointer = folder / LATEST
-    return pointer.read_text().strip() if pointer.is_file() else None
+    return pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+
+
+def finish_best(folder: Path) -> None:
+    """Moves ``best.json`` into place where a kill came between ``latest`` and it."""
+    aside = folder / f"{ASIDE}{BEST}"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if json.loads(aside.read_text())["checkpoint"] == read_pointer(folder):
+            os.replace(aside, folder / BEST)
+            sync_folder(folder)
+
+
+def set_aside(folder: Path, name: str) -> None:
+    """Calls a damaged checkpoint ``damaged_NAME``, so that it neither counts as kept nor is gone on from."""
+    aside, number = folder / f"{DAMAGED}{name}", 1
+    while aside.exists():
+        aside, number = folder / f"{DAMAGED}{name}_{number}", number + 1
+    with contextlib.suppress(OSError):  # it stays under its name
+        os.rename(folder / name, aside)
+        sync_folder(folder)
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
     """The best checkpoint so far (``checkpoint``, ``metric``, ``value``, ``step``), if it is still there."""
     try:
         best = json.loads((folder / BEST).read_text())
-    except (OSError, ValueError):
+        return best if (folder / best["checkpoint"]).is_dir() else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return best if (folder / best["checkpoint"]).is_dir() else None
 
 
 def retain(folder: Path, step: int, retention: Retention) -> None:

@@ -18,7 +18,7 @@ from smaug_ds.data.questions import Asked as AskedText
 from smaug_ds.data.questions import QuestionAnswer, TextChoice, of_questions
 from smaug_ds.engine.answering import QuestionAnswering
 from smaug_ds.engine.choosing import MultipleChoice
-from smaug_ds.engine.tasks import RetrievalTask, Task
+from smaug_ds.engine.tasks import RetrievalTask, Task, figures_of
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.evaluation import multiple_choice, question_answering
 from smaug_ds.evaluation.asking import Asked, QuestionConfig, answers_to_choose_from, ask, open_asked
@@ -72,6 +72,7 @@ class ChoiceTask(FinetunedRetrieval):
     none); measured by multiple choice."""
 
     name = "multiple_choice"
+    metrics = figures_of(multiple_choice.ChoiceResult)
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
@@ -95,6 +96,7 @@ class QuestionTask:
     """Answers to questions on the training clips, measured by exact match on those of the test clips."""
 
     name = "question_answering"
+    metrics = figures_of(question_answering.AnswerResult)
 
     def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer

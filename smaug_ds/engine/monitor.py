@@ -217,6 +217,12 @@ class Monitor:
                 f"on disk after {saved.total_seconds:.2f} s"
             )
 
+    def flush(self) -> None:
+        """Tries to write what had no room before."""
+        if distributed.is_main():
+            self._metrics.flush()
+            self._saves.flush()
+
     def close(self) -> None:
         """Flushes and closes the files."""
         if distributed.is_main():

@@ -33,6 +33,10 @@ class JsonLines:
     def write(self, line: Mapping[str, Any]) -> None:
         """JSON has no NaN: ValueError for a figure that is not finite."""
         self._pending += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Tries what is not written yet."""
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -44,7 +48,8 @@ class JsonLines:
             self._told = False
 
     def close(self) -> None:
-        """Closes the file."""
+        """Tries once more and closes the file."""
+        self.flush()
         self._file.close()
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
 
 REPORTED = (ConfigError, DataError, NonFiniteError)  # errors that all ranks meet and one line explains
+EXIT_CODE_FAILED = 87  # data or losses fail, and would again: the job scripts do not repeat it
 C = TypeVar("C", bound=PretrainConfig)
 _LEAST_ROOM = 1 << 16  # bytes that a run folder has to take before anything slow is done
 
@@ -51,8 +52,8 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
 
     open_task: makes what is trained and measured out of the config, in which by then the vocabulary's size stands.
 
-    Raises ConfigError for what a setting can mend, DataError when too many samples fail, NonFiniteError when training
-    has diverged.
+    Raises ConfigError for what a setting or more room can mend, DataError when too many samples fail, NonFiniteError
+    when training has diverged.
     """
     # ---- environment
     distributed.init(config.run.timeout_seconds)
@@ -85,6 +86,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
         say(f"no evaluation: {task.without_evaluation}")
         if config.run.keep_best:
             raise ConfigError(f"run.keep_best is {config.run.keep_best}, but {task.without_evaluation}")
+    require_metric(config.run.keep_best, task.metrics)
 
     # ---- checkpoint to resume from: looked at before anything slow
     with distributed.agreeing(ConfigError), naming("run.folder"):
@@ -141,6 +143,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
         tell=say,
         report=monitor.saved,
     )
+    resumed = saver.latest
     if distributed.is_main():
         warn_of_room(folder, CHECKPOINT_BYTES * sum(parameter.numel() for parameter in model.parameters()))
 
@@ -160,6 +163,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
             "config": to_dict(config),
             **task.state(),
         }
+        monitor.flush()
         saver.begin(step, run_state, {"meters": monitor.meters.state_dict(), "budget": loader.budget.state_dict()})
 
     def evaluate(step: int) -> dict[str, Any]:
@@ -189,13 +193,19 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
     with loader, watchdog.watching(first_step):
         try:
             steps = train(engine, loader, order, config.run, schedule.total_steps, accumulation, monitor, stop, actions)
-        except (DataError, NonFiniteError):  # all ranks meet them: what is being saved is saved
-            saver.finish()
+        except REPORTED as error:  # all ranks meet them: what is being saved is saved
+            if not isinstance(error, SaveError):
+                saver.finish()
             raise
         saver.finish()
     stop.clear()
     saved, newest = saver.latest == f"step_{steps}", saver.latest or "none"
     if steps < schedule.total_steps:
+        if not saved and saver.latest == resumed:  # another start would do the same steps again, over and over
+            raise SaveError(
+                f"{folder}: told to stop after step {steps}, but nothing was saved in this start, the latest "
+                f"checkpoint is {newest}: make room and start it again"
+            )
         told = "saved after" if saved else f"not saved, the latest checkpoint is {newest}; after"
         say(f"told to stop: {told} step {steps} of {schedule.total_steps}, start it again to go on")
         monitor.close()
@@ -225,6 +235,17 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
             (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     monitor.close()
     return 0
+
+
+def exit_code(error: Exception) -> int:
+    """Of a run that one of ``REPORTED`` has ended: 2 for a setting, 87 for what a repetition would meet again."""
+    return 2 if isinstance(error, ConfigError) else EXIT_CODE_FAILED
+
+
+def require_metric(keep_best: str, metrics: Sequence[str]) -> None:
+    """Raises ConfigError when the evaluation yields no figure of that name."""
+    if keep_best and keep_best not in metrics:
+        raise ConfigError(f"run.keep_best is {keep_best}: the evaluation yields {', '.join(metrics)}")
 
 
 def with_vocabulary(config: C, vocab_size: int) -> C:

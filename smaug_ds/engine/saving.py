@@ -95,6 +95,8 @@ class Saver:
         self._under_way: _UnderWay | None = None
         self.latest: str | None  # name of the checkpoint that a run goes on from
         self._best: dict[str, Any] | None
+        if distributed.is_main():
+            on_disk.finish_best(folder)
         self.latest, best = distributed.gather_objects((on_disk.read_pointer(folder), on_disk.read_best(folder)))[0]
         self._keep_best = keep_best
         # One that the run went back behind comes again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from smaug_ds.data.quarantine import Ledger
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.evaluation.held_out import open_held_out
-from smaug_ds.evaluation.retrieval import evaluate
+from smaug_ds.evaluation.retrieval import RetrievalResult, evaluate
 from smaug_ds.model.positions import fit_positions
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
@@ -27,6 +27,7 @@ class Task(Protocol):
     name: str  # of its result in summary.json and TensorBoard
     mixture: Mixture  # what is trained on
     without_evaluation: str  # why there is none; empty if there is
+    metrics: list[str]  # names of the figures that the evaluation yields
 
     def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The weights of ``run.init_from``, made to fit."""
@@ -41,10 +42,16 @@ class Task(Protocol):
         """A few lines for the terminal, and the report. All ranks call it."""
 
 
+def figures_of(result: type) -> list[str]:
+    """Names of the numbers in an evaluation's result."""
+    return [name for name, kind in get_type_hints(result).items() if kind in (int, float)]
+
+
 class RetrievalTask:
     """The objectives of pre-training, measured by retrieval on the held-out clips."""
 
     name = "retrieval"
+    metrics = figures_of(RetrievalResult)
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer

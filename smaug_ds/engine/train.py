@@ -194,7 +194,11 @@ def train(
         # ---- evaluate
         best = False
         if config.evaluate_every and done % config.evaluate_every == 0 and done < total_steps:
-            best = actions.evaluate(done)
+            try:
+                best = actions.evaluate(done)
+            except (ConfigError, DataError):  # all ranks meet it, and the steps are not to be lost with it
+                actions.save(done)
+                raise
 
         # ---- save and stop
         stopping, writing = distributed.any_ranks(stop.requested, actions.writing())
@@ -203,4 +207,4 @@ def train(
             actions.save(done)
         if stopping:
             return done
-    return total_steps
+    return max(monitor.first_step, total_steps)  # a finished run may be asked for fewer

@@ -51,7 +51,7 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and not isinstance(error, (*self._quiet, SystemExit)):
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"error: {_now()} {self._who} failed {self._when()}: {text}", file=sys.stderr, flush=True)
+            _complain(f"{_now()} {self._who} failed {self._when()}: {text}")
         self._tell("end")
         with contextlib.suppress(BrokenPipeError):
             self._witness.communicate()
@@ -86,7 +86,7 @@ class Watchdog:
     def _give_up(self) -> None:
         path = self._folder / f"hang_rank_{self._rank:05d}.txt"
         message = f"{_now()} {self._who} hangs: no step for {self._hang_seconds:g} s (run.hang_seconds) {self._when()}"
-        print(f"error: {message}; stacks in {path}", file=sys.stderr, flush=True)
+        _complain(f"{message}; stacks in {path}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
@@ -94,7 +94,8 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
-            faulthandler.dump_traceback(all_threads=True)
+            with contextlib.suppress(OSError):
+                faulthandler.dump_traceback(all_threads=True)
         self._tell("end")
         os._exit(EXIT_CODE)  # other threads, the main one first, cannot be ended otherwise
 
@@ -105,6 +106,11 @@ class Watchdog:
 
     def _when(self) -> str:
         return f"after step {self._step}" if self._step >= 0 else "while it started"
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # a file on a full disk; the exit code has to stay
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def _now() -> str:
