@@ -8,7 +8,8 @@
 #
 # RANKS is their number (all GPUs; without a GPU 2). RUN, RESTARTS, PREFLIGHT, CONTAINER and BIND: see jobs/functions.sh.
 # Ctrl-C, SIGTERM, SIGUSR1 or `touch RUN/stop` stop it; a second Ctrl-C ends it without saving. Exit codes: 0 finished,
-# 85 stopped and saved (run it again to go on), 2 a setting or this machine is wrong, else the last crash.
+# 85 stopped and saved (run it again to go on), 2 a setting or this machine is wrong, or there is no room, 87 data or a loss
+# fail and would again, else the last crash.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/functions.sh

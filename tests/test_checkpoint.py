@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -18,9 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from smaug_ds import distributed
 from smaug_ds.engine import checkpoint, files
-from tests.ranks import run_ranks
 
 
 class FakeEngine:
@@ -149,32 +146,6 @@ def test_a_manifest_of_another_form_is_damage(tmp_path: Path, manifest: str) -> 
     WARNINGS.clear()
     assert load(tmp_path)[1]["step"] == 4
     assert "step_8/manifest.json cannot be read" in WARNINGS[0]
-
-
-def read_with_a_bad_sector(folder: str) -> tuple[str, list[str]]:
-    """Rank 1 of 2 cannot read a file of the newest checkpoint."""
-    told: list[str] = []
-    whole = checkpoint.describe
-
-    def describe(path: Path) -> dict[str, Any]:
-        if distributed.rank() == 1 and path.parent.name == "step_8":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))  # without a name, as `read` raises it
-        return whole(path)
-
-    checkpoint.describe = describe
-    try:
-        opened = checkpoint.open_latest(Path(folder), told.append)
-    finally:
-        checkpoint.describe = whole
-    assert opened is not None
-    return opened[0].name, told
-
-
-def test_a_file_that_one_rank_cannot_read_is_damage_for_all(tmp_path: Path) -> None:
-    save(tmp_path, 4), save(tmp_path, 8)
-    for name, told in run_ranks(read_with_a_bad_sector, 2, str(tmp_path)):
-        assert name == "step_4" and len(told) == 1
-        assert "rank 1: " in told[0] and "/step_8/" in told[0] and "cannot be read: Input/output error" in told[0]
 
 
 def test_saving_the_latest_step_again_does_nothing(tmp_path: Path) -> None:

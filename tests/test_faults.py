@@ -202,3 +202,8 @@ def test_a_finished_run_says_so_and_its_best_checkpoint_is_there(
     ranks = forks.start(RANKS, own, log)
     assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
     assert f"{folder} is finished, all 7 steps: to go on raise run.max_steps or optim.epochs" in log.read_text()
+    ranks = forks.start(RANKS, [*own, "run.max_steps=5"], log)  # fewer than it has
+    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+    ranks = forks.start(RANKS, [*own, "run.keep_best=t2v_R5"], log)
+    assert [forks.wait(pid) for pid in ranks] == [2] * RANKS, log.read_text()
+    assert "run.keep_best is t2v_R5: the evaluation yields t2v_r1" in log.read_text()

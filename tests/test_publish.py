@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from smaug_ds.engine.saving import SaveError, Saver
 from smaug_ds.engine.tasks import RetrievalTask
 from smaug_ds.engine.train import RunConfig, train
 from smaug_ds.engine.watchdog import Watchdog
+from tests.ranks import run_ranks
 from tests.test_checkpoint import FakeEngine, Killed
 from tests.test_saving import RANK_STATE, names, save
 
@@ -140,5 +142,32 @@ def test_an_error_that_cannot_be_printed_changes_no_exit_code(monkeypatch: pytes
     monkeypatch.setattr("sys.stderr", Full())
     distributed.print_error(ValueError("told"))
     watchdog = Watchdog(Path("nowhere"), 0.0)
-    with pytest.raises(RuntimeError, match="^first$"), watchdog:
+    with pytest.raises(RuntimeError, match=r"^first$"), watchdog:
         raise RuntimeError("first")
+
+
+def read_with_a_bad_sector(folder: str) -> tuple[str, list[str]]:
+    """Rank 1 of 2 cannot read a file of the newest checkpoint."""
+    told: list[str] = []
+    whole = checkpoint.describe
+
+    def describe(path: Path) -> dict[str, Any]:
+        if distributed.rank() == 1 and path.parent.name == "step_8":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # without a name, as `read` raises it
+        return whole(path)
+
+    checkpoint.describe = describe
+    try:
+        opened = checkpoint.open_latest(Path(folder), told.append)
+    finally:
+        checkpoint.describe = whole
+    assert opened is not None
+    return opened[0].name, told
+
+
+def test_a_file_that_one_rank_cannot_read_is_damage_for_all(tmp_path: Path) -> None:
+    saver = Saver(FakeEngine("step_4"), nn.Linear(2, 3), tmp_path, {}, Retention(2))
+    save(saver, 4), save(saver, 8)
+    for name, told in run_ranks(read_with_a_bad_sector, 2, str(tmp_path)):
+        assert name == "step_4" and len(told) == 1
+        assert "rank 1: " in told[0] and "/step_8/" in told[0] and "cannot be read: Input/output error" in told[0]
