@@ -15,11 +15,13 @@ from torch import nn
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
+from smaug_ds.data.quarantine import DataError, TooManyFailuresError
 from smaug_ds.engine import checkpoint, files
 from smaug_ds.engine.files import Retention
 from smaug_ds.engine.finetuning import ChoiceTask, QuestionTask
+from smaug_ds.engine.monitor import NonFiniteError
 from smaug_ds.engine.reports import JsonLines
-from smaug_ds.engine.run import require_metric
+from smaug_ds.engine.run import exit_code, require_metric
 from smaug_ds.engine.saving import SaveError, Saver
 from smaug_ds.engine.tasks import RetrievalTask
 from smaug_ds.engine.train import RunConfig, train
@@ -171,3 +173,8 @@ def test_a_file_that_one_rank_cannot_read_is_damage_for_all(tmp_path: Path) -> N
     for name, told in run_ranks(read_with_a_bad_sector, 2, str(tmp_path)):
         assert name == "step_4" and len(told) == 1
         assert "rank 1: " in told[0] and "/step_8/" in told[0] and "cannot be read: Input/output error" in told[0]
+
+
+def test_only_what_a_repetition_would_meet_again_keeps_the_scripts_from_repeating() -> None:
+    told = (ConfigError, NonFiniteError, TooManyFailuresError, DataError)
+    assert [exit_code(kind("told")) for kind in told] == [2, 87, 87, 1]

@@ -19,7 +19,7 @@ from smaug_ds.data.index import Corpus
 from smaug_ds.data.order import Order
 from smaug_ds.data.pool import Limits
 from smaug_ds.data.prefetch import Prefetcher
-from smaug_ds.data.quarantine import Budget, DataError, Failure, Ledger, known_bad, pyav_only
+from smaug_ds.data.quarantine import Budget, Failure, Ledger, TooManyFailuresError, known_bad, pyav_only
 from smaug_ds.data.reader import EvalReader, RawBatch, TrainReader
 from smaug_ds.data.sample import Batch, BatchShape
 from smaug_ds.text import Tokenizer
@@ -83,7 +83,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Begins at the step in the state; a second iteration ends the first.
 
-        Raises DataError when too many samples fail.
+        Raises TooManyFailuresError when too many samples fail.
         """
         self.close()
         accumulation = self._reader.accumulation
@@ -139,14 +139,14 @@ class TrainLoader:
         if raw.batch is None:
             missing = [failure for failure in raw.failures if failure.replaced_by is None]
             tried = {failure.place for failure in missing if failure.position == missing[-1].position}
-            raise DataError(
+            raise TooManyFailuresError(
                 f"{len(tried)} candidates for one place of step {raw.step} failed in a row, data."
                 f"max_consecutive_failures is {self._config.max_consecutive_failures}; {len(self._reader.known_bad)} "
                 f"samples are known to be bad and were not tried; see {self._ledger.path}"
             )
         lost = {failure.name for failure in raw.failures if failure.replaced_by != failure.name}
         if not self.budget.spend(len(raw.batch.keys), len(lost)):
-            raise DataError(
+            raise TooManyFailuresError(
                 f"more than {self.budget.share:.0%} of the latest {self.budget.window} samples failed "
                 f"(data.max_failed_share, data.failure_window); see {self._ledger.path}"
             )

@@ -23,6 +23,10 @@ class DataError(RuntimeError):
     """Training cannot go on for its data: too many samples or workers fail. The message says what to look at."""
 
 
+class TooManyFailuresError(DataError):
+    """More samples are bad than the settings allow: another start would meet the same ones."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """One sample that could not be used at one place of the order."""

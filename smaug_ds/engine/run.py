@@ -19,7 +19,7 @@ from tqdm import tqdm
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, dump, naming, to_dict
 from smaug_ds.data.loader import TrainLoader
-from smaug_ds.data.quarantine import DataError, Failure, Ledger, merge, read_ledgers
+from smaug_ds.data.quarantine import DataError, Failure, Ledger, TooManyFailuresError, merge, read_ledgers
 from smaug_ds.data.quarantine import summary as summarise
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine import checkpoint
@@ -42,7 +42,7 @@ from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
 
 REPORTED = (ConfigError, DataError, NonFiniteError)  # errors that all ranks meet and one line explains
-EXIT_CODE_FAILED = 87  # data or losses fail, and would again: the job scripts do not repeat it
+EXIT_CODE_FAILED = 87  # samples or losses fail, and would again: the job scripts do not repeat it
 C = TypeVar("C", bound=PretrainConfig)
 _LEAST_ROOM = 1 << 16  # bytes that a run folder has to take before anything slow is done
 
@@ -238,8 +238,10 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
 
 
 def exit_code(error: Exception) -> int:
-    """Of a run that one of ``REPORTED`` has ended: 2 for a setting, 87 for what a repetition would meet again."""
-    return 2 if isinstance(error, ConfigError) else EXIT_CODE_FAILED
+    """Of a run that one of ``REPORTED`` has ended: 2 for a setting, 87 for what another start would meet, else 1."""
+    if isinstance(error, ConfigError):
+        return 2
+    return EXIT_CODE_FAILED if isinstance(error, (NonFiniteError, TooManyFailuresError)) else 1
 
 
 def require_metric(keep_best: str, metrics: Sequence[str]) -> None:
