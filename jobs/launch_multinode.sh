@@ -13,7 +13,7 @@
 # Stopping and exit codes as in jobs/launch_local.sh. To stop it, signal this script or `touch RUN/stop`; never signal
 # `deepspeed` itself: its answer is to end every DeepSpeed job on these hosts.
 set -euo pipefail
-: "${HOSTS:?names the file of hosts}"
+[ -f "${HOSTS:-}" ] || { echo "error: HOSTS has to name a file of lines HOST slots=RANKS" >&2; exit 2; }
 HOSTS=$(realpath "$HOSTS")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/functions.sh

@@ -11,7 +11,7 @@ set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-data="" media_root="" out="runs/quickstart" clips="" overrides=()
+told="" data="" media_root="" out="runs/quickstart" clips="" overrides=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --data | --media-root | --out | --clips)
@@ -52,7 +52,7 @@ follow() { # COMMAND ...: runs it to its end, hands signals on to it, and return
     child=$!
     set +m
     # shellcheck disable=SC2064 # these values
-    for signal in INT TERM USR1; do trap "kill -$signal $child 2>/dev/null || true" "$signal"; done
+    for signal in INT TERM USR1; do trap "told=$signal; kill -$signal $child 2>/dev/null || true" "$signal"; done
     while kill -0 "$child" 2>/dev/null; do
         wait "$child" || true
     done
@@ -75,6 +75,7 @@ launch() { # stage, further key=value: starts or resumes it under the launcher, 
     [ $code != 85 ] || echo "== stopped and saved: the same command goes on from here"
     [ $code = 0 ] || exit $code
     printf '%s\n' "$settings" > "$out/$stage/finished.with"
+    [ -z "$told" ] || { echo "== stopped, $stage is finished: the same command goes on from here"; exit 85; }
 }
 
 echo "== 2/5 stage 1: one frame"

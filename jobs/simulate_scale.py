@@ -51,7 +51,7 @@ from smaug_ds.planner.memory import Precision, checkpoint_bytes
 from smaug_ds.planner.prediction import Work, predict
 from tools.plan_corpus import RECIPES, ROOT, find_recipes, paper_recipe, with_vocabulary
 from tools.plan_measured import read_measured
-from tools.plan_run import PlanConfig
+from tools.plan_run import PlanConfig, has_corpus
 
 DAY, MINUTE = 86400.0, 60.0
 # A node of eight GPUs fails about once in 150 days: 6.5 failures in 1000 node-days (Kokolis et al. 2024, "Revisiting
@@ -138,7 +138,7 @@ def simulate_scale(config: PlanConfig, gpus: int, options: argparse.Namespace) -
         config.model.size,
         config.model.frames,
         work.parameters,
-        precision.mixed,
+        precision,
     )
 
     def step_seconds(nodes: int) -> float:
@@ -199,11 +199,6 @@ def share_of_rank(global_batch: int, ranks: int, micro_batch: int) -> tuple[int,
 def allowed_nodes(global_batch: int, devices: int, most: int) -> list[int]:
     """Numbers of nodes up to ``most`` whose ranks divide the global batch."""
     return [nodes for nodes in range(1, most + 1) if global_batch % (nodes * devices) == 0]
-
-
-def has_corpus(config: PlanConfig) -> bool:
-    """Whether the config names what to train on."""
-    return bool(config.data.train or config.data.corpus)
 
 
 def table(rows: Sequence[Row], options: argparse.Namespace) -> str:

@@ -473,6 +473,7 @@ def test_a_plan_is_told_and_written(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     for expected in ("213,147,454", "ZeRO-3", "bottleneck: ", "17M", "assumed, not measured", "exchange of gradients"):
         assert expected in out
+    assert f"WARNING: {script} cannot start yet: set data.tokenizer, and data.train or data.corpus" in out
     told = json.loads(file.read_text())
     assert told["parameters"]["vision encoder"] == 85_799_424
     assert len(told["scaling"]) == 11

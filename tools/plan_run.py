@@ -73,11 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.write:
             own = [text for text in options.overrides if not text.startswith(("cluster.", "media.", "run.folder="))]
             write_script(options.write, options.launcher, plan, options.config, own, config.run.folder)
+            if not config.data.tokenizer or not has_corpus(config):
+                print(f"WARNING: {options.write} cannot start yet: set data.tokenizer, and data.train or data.corpus")
             print(f"\nwrote {options.write}: bash {options.write}")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def has_corpus(config: PlanConfig) -> bool:
+    """Whether the config names what to train on."""
+    return bool(config.data.train or config.data.corpus)
 
 
 def make_plan(config: PlanConfig, profiles: Sequence[str] = (), runs: Sequence[str] = ()) -> Plan:

@@ -234,6 +234,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
         if distributed.is_main():
             (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     monitor.close()
+    stop.clear()  # told too late to stop anything
     return 0
 
 
