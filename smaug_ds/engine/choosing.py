@@ -50,8 +50,9 @@ class MultipleChoice(nn.Module):
         )
         text = model.encode_text(ids, lengths)
         clips = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts)).to(ids.device)  # (C,)
-        chosen = model.look_at(visual.tokens[clips], text.sentence, batch.frame_noise[clips])
-        logits = model.match_logits(model.fuse(text.states, text.packing, chosen), text.packing)
+        choice = model.choose_for_pairs(visual.tokens, clips, text.sentence, batch.frame_noise[clips])
+        seen = model.look_at_pairs(visual.tokens, clips, choice)  # a clip is projected once for all of its texts
+        logits = model.match_logits_of(model.fuse(text.states, text.packing, seen, text.packing.first_rows))
         scores = logits[:, 1] - logits[:, 0]
         loss = losses.choice(scores, counts)
         with torch.no_grad():
