@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,11 +18,12 @@ from torch import nn
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, parse
+from smaug_ds.engine.compiled import compile_static
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import IGNORED, Tokenizer
 from tests.models import VOCABULARY, small_config
-from tools import profile_ablation, profile_compare, profile_model
+from tools import profile_ablation, profile_compare, profile_model, profile_step
 from tools.profile_ablation import ROWS, TABLES, Row, forward_flops
 from tools.profile_captions import MSRVTT, draw_lengths
 from tools.profile_model import ProfileConfig, count_flops
@@ -150,6 +152,17 @@ def test_the_engine_takes_the_same_first_step(monkeypatch: pytest.MonkeyPatch) -
         assert float(engine()) == pytest.approx(float(Step(small(dtype="fp32"))()), rel=0.02)
     finally:
         distributed.shutdown()
+
+
+def test_a_compiled_step_has_the_same_loss_and_its_arithmetic_is_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profile_step, "compile_static", functools.partial(compile_static, backend="aot_eager"))
+    plain, compiled = Step(small(dtype="fp32")), Step(small(dtype="fp32", compile=True))
+    for _ in range(2):
+        assert float(compiled()) == pytest.approx(float(plain()), abs=1e-4)
+    assert executed_flops(compiled) == executed_flops(plain)
+    assert "graphs of vision and pixels, 0 graph breaks" in capsys.readouterr().out
 
 
 def test_settings_that_do_not_go_together() -> None:

@@ -9,8 +9,6 @@ Letters: B pairs, T frames, N patches, S text tokens.
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.data.sample import Batch, Medium
 from smaug_ds.engine.allocator import keep_freed_memory
+from smaug_ds.engine.compiled import compile_static
 from smaug_ds.engine.monitor import Stopwatch
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.optim import OptimConfig, parameter_groups
@@ -35,13 +34,7 @@ from tools.profile_captions import draw_lengths
 
 BERT_VOCABULARY = 30522
 # What a DeepSpeed run with bf16 weights does, with the AdamW that needs no compiler.
-BF16_ENGINE = {
-    "bf16": {"enabled": True},
-    "data_types": {"grad_accum_dtype": "fp32"},
-    "communication_data_type": "fp32",
-    "zero_optimization": {"stage": 2, "overlap_comm": False, "round_robin_gradients": False},
-    "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}},
-}
+BF16_ENGINE = Path(__file__).resolve().parent.parent / "ds_configs" / "cpu_bf16.json"
 _WORDS_FROM = 1000  # ids below are BERT's special and unused tokens
 _Run = Callable[[Batch], Tensor]  # one step, its loss
 
@@ -55,8 +48,9 @@ class StepConfig:
     batch: int = 8  # B
     # fp32; bf16: autocast over fp32 weights; deepspeed: the engine of ``deepspeed``
     dtype: Literal["fp32", "bf16", "deepspeed"] = "bf16"
-    deepspeed: str = ""  # JSON of that engine; empty: bf16 weights, fp32 gradients, ZeRO-2, torch's fused AdamW
+    deepspeed: str = ""  # JSON of that engine; empty: ds_configs/cpu_bf16.json, which runs on any device
     adamw: Literal["fused", "foreach", "loop"] = "fused"  # torch's implementations; the engine brings its own
+    compile: bool = False  # the parts of static shapes, as run.compile does
     captions: str = "msrvtt"  # full, msrvtt (lengths drawn as MSR-VTT's are), or a file of captions
     tokenizer: str = ""  # that cuts the captions of a file into tokens
     batches: int = 4  # different ones, taken in turn
@@ -106,6 +100,8 @@ class Step:
         self.batches = [random_batch(config, part, generator).to(self.device) for part in parts]
         torch.manual_seed(config.seed)
         self.module = Pretraining(SmaugModel(config.whole_model), config.loss).train()
+        if config.compile:
+            compile_static(self.module.model, self.module, print)
         make = _engine if config.dtype == "deepspeed" else _plain
         self.optimizer, self._run = make(self.module, config, self)
         self.done = 0
@@ -153,11 +149,8 @@ def _engine(module: Pretraining, config: StepConfig, step: Step) -> tuple[torch.
     from smaug_ds.engine.deepspeed import build_engine  # takes seconds, and nothing else here needs it
 
     distributed.init(timeout_seconds=600.0)
-    with tempfile.TemporaryDirectory(prefix="profile.") as scratch:
-        path = Path(config.deepspeed or f"{scratch}/bf16.json")
-        if not config.deepspeed:
-            path.write_text(json.dumps(BF16_ENGINE), encoding="utf-8")
-        engine = build_engine(module, path, OptimConfig(), lambda step: 1.0, config.batch, 1)
+    path = config.deepspeed or BF16_ENGINE
+    engine = build_engine(module, path, OptimConfig(), lambda step: 1.0, config.batch, 1)
 
     def run(batch: Batch) -> Tensor:
         with step.clock("forward"):

@@ -5,8 +5,8 @@
 
 ``smaug_ds.pretrain`` itself runs, loader, engine and loop, with the settings that are given, and ends after the steps
 that are timed, without a checkpoint. Without ``--data``, clips of 10 s and captions of 10 to 18 tokens are rendered
-first. Without ``run.deepspeed``, a CPU trains with ZeRO-2 in fp32 or bf16 autocast, a GPU with
-``ds_configs/zero2_bf16.json``.
+first. Without ``run.deepspeed``, a CPU trains with ``ds_configs/cpu_bf16.json`` or, in fp32, ``cpu.json``, a GPU with
+``zero2_bf16.json``.
 
 Waiting for data is the loop's phase ``data`` without what it spends on the ranks' agreement. Communication is the time
 inside collectives: on a CPU of the thread that calls them, waiting for slower ranks included; on a GPU of NCCL's
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str], program: str) -> None:
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="that are timed")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="on a CPU: autocast or not")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the weights, on a CPU")
     parser.add_argument("--data", action="append", default=[], metavar="FOLDER", help="indexed shards; may be repeated")
     parser.add_argument("--clips", type=int, default=32, metavar="N", help="that are rendered without --data")
     add_arguments(parser)
@@ -88,7 +88,7 @@ def _settings(args: argparse.Namespace, scratch: Path) -> list[str]:
     defaults = {
         "batch.micro_size": micro,
         "batch.global_size": str(int(micro) * args.ranks) if micro.isdigit() else micro,
-        "run.deepspeed": str(_engine(args.dtype, scratch)),
+        "run.deepspeed": str(_engine(args.dtype)),
         "optim.warmup_steps": "1",
     }
     if args.data:
@@ -110,17 +110,10 @@ def _settings(args: argparse.Namespace, scratch: Path) -> list[str]:
     return [*settings, *args.overrides, *(f"{key}={value}" for key, value in needed.items())]
 
 
-def _engine(dtype: str, scratch: Path) -> Path:
+def _engine(dtype: str) -> Path:
     """The DeepSpeed JSON of this device and dtype."""
-    if _on_gpu():
-        return ROOT / "ds_configs" / "zero2_bf16.json"
-    plain_engine = ROOT / "ds_configs" / "cpu.json"
-    if dtype == "fp32":
-        return plain_engine
-    engine = json.loads(plain_engine.read_text(encoding="utf-8"))
-    path = scratch / "autocast.json"
-    path.write_text(json.dumps(engine | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}), encoding="utf-8")
-    return path
+    name = "zero2_bf16" if _on_gpu() else "cpu" if dtype == "fp32" else "cpu_bf16"
+    return ROOT / "ds_configs" / f"{name}.json"
 
 
 def _on_gpu() -> bool:
