@@ -118,6 +118,27 @@ def test_a_host_that_is_told_to_stop_before_the_start_tells_the_others(tmp_path:
     assert (tmp_path / "stop").exists() == bool(place)
 
 
+def test_a_host_that_starts_late_keeps_the_stop_that_others_obey(tmp_path: Path) -> None:
+    def start(does: str = ":") -> tuple[str, list[str]]:
+        """What the script of the second host says last, and what it has started."""
+        (tmp_path / "started").unlink(missing_ok=True)
+        done = bash(KEEP_RUNNING, RUN=str(tmp_path), DOES=does, NODE_RANK="1", RESTARTS="0")
+        return done.stdout.splitlines()[-1], (tmp_path / "started").read_text().splitlines()
+
+    stop, look = tmp_path / "stop", "smaug_ds.preflight"
+    stop.touch()  # by the script of a host that waits in its preflight, or has left
+    for does in (":", "exit 2"):
+        assert start(does) == ("code 85", [look])
+        assert stop.exists()
+        os.utime(stop)  # another one: the host has not left on this one before
+    assert start() == ("code 85", [look])
+    assert start() == ("code 0", [look, "smaug_ds.pretrain"])  # it has been obeyed
+    assert not stop.exists()
+    late = f'[ "$1" = {look} ] || {{ touch "$RUN/stop"; exit 85; }}'  # told while the ranks leave
+    assert start(late) == ("code 85", [look, "smaug_ds.pretrain"])
+    assert not stop.exists()
+
+
 @pytest.mark.parametrize(("code", "starts"), [(87, 1), (2, 1), (1, 3)])
 def test_what_would_fail_again_is_not_started_again(tmp_path: Path, code: int, starts: int) -> None:
     done = bash(KEEP_RUNNING, RUN=str(tmp_path), DOES=f"exit {code}", RESTARTS="2", PREFLIGHT="0")
