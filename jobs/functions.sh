@@ -162,13 +162,17 @@ follow() { # LOG COMMAND ...: runs it to its end, whatever signals come meanwhil
     return "$code"
 }
 
+# What launchers call an error where ranks leave with the code of a stop that they have agreed on; the log keeps it.
+agreed='\[ERROR\] \[launch\.py:.* exits with return code = 85$'
+agreed+='|^(pdsh@\S+|srun: error): .* exited with exit code 85$'
+
 show() { # PROCESS PATTERN: prints the file as it grows while PROCESS lives
     local file
     until file=$(compgen -G "$2"); do
         kill -0 "$1" 2>/dev/null || return 0
         sleep 0.5
     done
-    tail -n +1 --follow --sleep-interval=0.2 --pid="$1" "$file"
+    tail -n +1 --follow --sleep-interval=0.2 --pid="$1" "$file" | sed -uE "/$agreed/Id"
 }
 
 tell_errors() { # of all ranks, or else of the launcher or the preflight: what one has to read stands last
@@ -226,6 +230,7 @@ keep_running() { # ARGUMENT ...: those of smaug_ds.TASK
             code=85 # before the first step; hosts that have left on it are missing in the look
         fi
         [ -z "$stopping" ] || leave_stop || true
+        [ "$code" != 85 ] || echo "== stopped as asked, which is no error: the same command goes on from there"
         echo "== ended with code $code after start $attempt; logs in $logs"
         tell_errors
         case $code in
