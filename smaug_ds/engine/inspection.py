@@ -32,7 +32,7 @@ from smaug_ds.engine.finetuning import FinetuneConfig
 from smaug_ds.engine.resume import flat
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
-from smaug_ds.text import Tokenizer
+from smaug_ds.text import Tokenizer, tokenizer_file
 
 GROUPS = ("code", "config", "data", "run folder", "accelerator", "decoder", "clock")
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "av", "transformers", "timm", "numpy")
@@ -154,7 +154,7 @@ class Inspection:
         facts.marks["config"] = {key: str(value) for key, value in flat(to_dict(needs.settings)).items()}
         for key, path in needs.files:
             with facts.noting("config"), naming(key):
-                facts.marks["config"][f"{path} ({key})"] = _digest(Path(path))
+                facts.marks["config"][f"{path} ({key})"] = _digest(_file(key, path))
         with facts.noting("data"):
             for folder in needs.shards():
                 with facts.noting("data"):
@@ -253,6 +253,15 @@ def parameters(config: ModelConfig, data: DataConfig) -> int:
     model = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in SmaugModel(model).parameters())
+
+
+def _file(key: str, path: str) -> Path:
+    """The file that the setting ``key`` means. Raises ValueError where it names none."""
+    if key == "data.tokenizer":
+        return tokenizer_file(path)
+    if not path or Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name a file" if path else "is empty: name a file")
+    return Path(path)
 
 
 def _digest(path: Path) -> str:

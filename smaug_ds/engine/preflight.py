@@ -117,7 +117,7 @@ class Meeting:
             print(f"all-reduce of {LINK_BYTES >> 20} MiB by all ranks: {links[0]['seconds'] * 1000:.1f} ms", flush=True)
         for warning in slow(hosts, paces, speeds):
             print(f"warning: preflight: {warning}", file=sys.stderr, flush=True)
-        return _tell(faults)
+        return _tell(list(dict.fromkeys(faults)))
 
     def _report(self, inspection: Inspection) -> None:
         """Tells what this rank finds, then whether it can talk to the others, and how fast."""
