@@ -37,14 +37,12 @@ from collections.abc import Callable, Sequence
 from smaug_ds import distributed, evaluate, finetune
 from smaug_ds.config import ConfigError, add_arguments, parse
 from smaug_ds.data.mixture import training_folders
-from smaug_ds.engine import checkpoint
 from smaug_ds.engine.asked import task_of
 from smaug_ds.engine.finetuning import FinetuneConfig
-from smaug_ds.engine.inspection import Needs
+from smaug_ds.engine.inspection import Needs, marks_of
 from smaug_ds.engine.preflight import Meeting, join
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.engine.trained import AskedConfig, EvaluateConfig, read_config, run_folder
-from smaug_ds.model.pretrained import ARCHITECTURE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,8 +116,7 @@ def _needs_of_evaluation(options: argparse.Namespace) -> Needs:
     kind = EvaluateConfig if task == "retrieval" else AskedConfig
     folder, config = read_config(options.checkpoint, options.data, options.overrides, kind)
     files = [("data.tokenizer", config.data.tokenizer)]
-    marks = (checkpoint.MANIFEST, checkpoint.STATE, ARCHITECTURE)  # the first has the hashes of the weights
-    files += [("--checkpoint", str(folder / name)) for name in marks if (folder / name).is_file()]
+    files += [("--checkpoint", path) for path in marks_of(folder)]
     files += [(f"--{name}", str(path)) for name in ("benchmark", "ids") if (path := getattr(options, name))]
     if isinstance(config, AskedConfig) and not options.benchmark:
         files += [("questions.test", path) for path in config.questions.test]
