@@ -114,7 +114,7 @@ ask_to_stop() { # SIGNAL
         echo "== told to stop: ended at once"
         [ -z "$child" ] || end_now
     else
-        if touch "$RUN/stop"; then
+        if [ -e "$RUN/stop" ] || touch "$RUN/stop"; then
             echo "== told to stop: the ranks save after the step that they are in"
         else
             echo "error: told to stop, but $RUN/stop cannot be written, so that the ranks go on: make room there and" \
@@ -122,6 +122,24 @@ ask_to_stop() { # SIGNAL
         fi
     fi
     stopping=$1
+}
+
+# With NODE_RANK the file of a stop before the first step stays for the scripts of the other hosts, which may yet come.
+# Each notes its time when it leaves: by that the host knows it, when it is started again, as an old one. Any other file
+# may be what the hosts that were there first obey.
+leave_stop() {
+    if [ "$TASK" = evaluate ]; then
+        return
+    elif [ -z "${NODE_RANK:-}" ]; then
+        rm -f "$RUN/stop"
+    elif [ -e "$RUN/stop" ]; then
+        touch -r "$RUN/stop" "$RUN/logs/left-node$NODE_RANK"
+    fi
+}
+
+stop_is_old() { # whether it is from before this start
+    [ -z "${NODE_RANK:-}" ] || [ ! -e "$RUN/stop" ] ||
+        [ "$(stat -c %y "$RUN/stop")" = "$(stat -c %y "$RUN/logs/left-node$NODE_RANK" 2>/dev/null)" ]
 }
 
 end_now() { # without saving
@@ -144,13 +162,17 @@ follow() { # LOG COMMAND ...: runs it to its end, whatever signals come meanwhil
     return "$code"
 }
 
+# What launchers call an error where ranks leave with the code of a stop that they have agreed on; the log keeps it.
+agreed='\[ERROR\] \[launch\.py:.* exits with return code = 85$'
+agreed+='|^(pdsh@\S+|srun: error): .* exited with exit code 85$'
+
 show() { # PROCESS PATTERN: prints the file as it grows while PROCESS lives
     local file
     until file=$(compgen -G "$2"); do
         kill -0 "$1" 2>/dev/null || return 0
         sleep 0.5
     done
-    tail -n +1 --follow --sleep-interval=0.2 --pid="$1" "$file"
+    tail -n +1 --follow --sleep-interval=0.2 --pid="$1" "$file" | sed -uE "/$agreed/Id"
 }
 
 tell_errors() { # of all ranks, or else of the launcher or the preflight: what one has to read stands last
@@ -183,7 +205,7 @@ keep_running() { # ARGUMENT ...: those of smaug_ds.TASK
                 fail "$argument, but RUN is $RUN: leave out run.folder, which follows RUN"
         done
         set -- "$@" run.folder="$RUN"
-        rm -f "$RUN/stop" || fail "$RUN/stop cannot be removed"
+        if stop_is_old; then rm -f "$RUN/stop" || fail "$RUN/stop cannot be removed"; fi
     fi
     mkdir -p "$RUN/logs" || fail "RUN $RUN cannot be written"
     trap 'ask_to_stop TERM' TERM
@@ -195,14 +217,20 @@ keep_running() { # ARGUMENT ...: those of smaug_ds.TASK
         record "$logs"
         [ "$PREFLIGHT" = 0 ] || look "$attempt" "$@" || code=$?
         # another host may have been told to stop
-        if [ "$TASK" != evaluate ] && [ -e "$RUN/stop" ]; then stopping=${stopping:-FILE}; fi
+        if [ "$TASK" != evaluate ] && [ -e "$RUN/stop" ]; then
+            [ -n "$stopping" ] || echo "== told to stop by $RUN/stop of $(date -r "$RUN/stop" '+%F %T')"
+            stopping=${stopping:-FILE}
+        fi
         if [ $code = 0 ] && [ -z "$stopping" ]; then
             rank_logs=("--enable_each_rank_log=$logs")
             follow "$logs/launcher.log" start "smaug_ds.$TASK" "$@" || code=$?
-        elif [ $code = 0 ]; then
-            code=85 # before the first step
-            [ -n "${NODE_RANK:-}" ] || rm -f "$RUN/stop" # else it is there for the scripts of the other hosts
+            # told too late: the ranks had removed it and left
+            case $TASK,$code in evaluate,*) ;; *,0 | *,85) rm -f "$RUN/stop" ;; esac
+        elif [ $code = 0 ] || { [ -n "${NODE_RANK:-}" ] && [ -e "$RUN/stop" ]; }; then
+            code=85 # before the first step; hosts that have left on it are missing in the look
         fi
+        [ -z "$stopping" ] || leave_stop || true
+        [ "$code" != 85 ] || echo "== stopped as asked, which is no error: the same command goes on from there"
         echo "== ended with code $code after start $attempt; logs in $logs"
         tell_errors
         case $code in

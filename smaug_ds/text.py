@@ -53,7 +53,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = _find(Path(path))
+        self.path = tokenizer_file(path)
         self._backend = _from_json(self.path) if self.path.suffix == ".json" else _from_vocabulary(self.path)
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -133,14 +133,17 @@ def train_vocabulary(captions: Iterable[str], size: int, path: str | os.PathLike
     aside.replace(path)
 
 
-def _find(path: Path) -> Path:
+def tokenizer_file(path: str | os.PathLike[str]) -> Path:
+    """The file that ``path``, which may be a folder, means. Raises ValueError where there is none, or none is named."""
+    path = Path(path)
+    wanted = "data.tokenizer must name a vocab.txt, a tokenizer.json or a folder that holds one"
     if path == Path():
-        raise ValueError("no tokenizer is named: data.tokenizer must name a vocab.txt or a tokenizer.json")
+        raise ValueError(f"no tokenizer is named: {wanted}, as in data.tokenizer=/data/bert-base-uncased/vocab.txt")
     candidates = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ValueError(f"{path}: no tokenizer there; data.tokenizer must name a vocab.txt or a tokenizer.json")
+    raise ValueError(f"{path}: no tokenizer there; {wanted}")
 
 
 def _from_json(path: Path) -> Backend:

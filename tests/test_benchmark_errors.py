@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from smaug_ds.evaluation.benchmarks import BenchmarkError, read_benchmark, read_ids, read_predictions
+from smaug_ds.evaluation.benchmarks.__main__ import main
 
 
 def _write(path: Path, content: Any) -> Path:
@@ -91,3 +92,23 @@ def test_other_misuse(tmp_path: Path) -> None:
         read_ids(_write(tmp_path / "ids.json", ["x", 3]))
     with pytest.raises(BenchmarkError, match="row 1: question_id q0 stands there twice"):
         read_predictions(_write(tmp_path / "p.json", [{"question_id": "q0", "answer": "a"}] * 2))
+
+
+def test_the_command_ends_with_2_and_a_line_for_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = _write(tmp_path / "pairs.json", [{"video": "a.mp4", "caption": "a cat"}])
+    missing, none = tmp_path / "none.json", "No such file or directory"
+    (tmp_path / "media").mkdir()
+    for arguments, told in [
+        ([missing], f"{missing} cannot be read: {none}"),
+        ([tmp_path], f"{tmp_path} cannot be read: Is a directory"),
+        ([pairs, "--ids", missing], f"{missing} cannot be read: {none}"),
+        ([pairs, "--media", missing], f"{missing} is no folder: give the one that holds the videos of {pairs}"),
+    ]:
+        assert main([str(argument) for argument in arguments]) == 2
+        assert capsys.readouterr().err == f"error: {told}\n"
+    (tmp_path / "media" / "a.mp4").touch()
+    out = tmp_path / "nowhere" / "out.json"
+    assert main([str(pairs), "--media", str(tmp_path / "media"), "--list", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: --list {out} cannot be written: {none}\n"

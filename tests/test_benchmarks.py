@@ -237,11 +237,11 @@ def test_command_prints_kind_counts_and_cost(annotations: Path, tmp_path: Path, 
     assert "test_data.json: DiDeMo test (didemo), 1004 videos, 4021 sentences, 1004 queries, " in printed
     assert "test_q.json: ActivityNet-QA test (activitynet_qa), 800 videos, 8000 questions, " in printed
     assert "answers from test_a.json" in printed and "val_ids.json: list of 4926 videos, " in printed
-    assert main([str(_write(tmp_path / "a.json", [])), str(files[0])]) == 1
-    printed = capsys.readouterr().out
-    assert "a.json holds no rows" in printed and "DiDeMo test" in printed
-    assert main([str(ids), "--media", str(tmp_path), "--list", str(tmp_path / "out.json")]) == 1
-    assert "val_ids.json holds ids, no benchmark" in capsys.readouterr().out
+    assert main([str(_write(tmp_path / "a.json", [])), str(files[0])]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {tmp_path}/a.json holds no rows\n" and "DiDeMo test" in printed.out
+    assert main([str(ids), "--media", str(tmp_path), "--list", str(tmp_path / "out.json")]) == 2
+    assert "val_ids.json holds ids, no benchmark" in capsys.readouterr().err
 
 
 def test_without_leaves_out_and_says_so(annotations: Path) -> None:

@@ -63,6 +63,9 @@ def test_a_signal_to_the_script_saves_and_the_next_start_goes_on(
         process.send_signal(signal.SIGTERM)
         output = finish(process, folder, EXIT_CODE)
         assert "told to stop: saved after step" in output and not (folder / "stop").exists()
+        (log,) = folder.glob("logs/*/launcher.log")
+        assert "exits with return code = 85" in log.read_text()  # what DeepSpeed's launcher calls an error
+        assert "exits with return code" not in output and "== stopped as asked, which is no error" in output
         process = launch_local(folder, own, PREFLIGHT="0")
         assert "resumed from" in finish(process, folder)
     finally:

@@ -118,6 +118,46 @@ def test_a_host_that_is_told_to_stop_before_the_start_tells_the_others(tmp_path:
     assert (tmp_path / "stop").exists() == bool(place)
 
 
+def test_a_host_that_starts_late_keeps_the_stop_that_others_obey(tmp_path: Path) -> None:
+    def start(does: str = ":") -> tuple[str, list[str]]:
+        """What the script of the second host says last, and what it has started."""
+        (tmp_path / "started").unlink(missing_ok=True)
+        done = bash(KEEP_RUNNING, RUN=str(tmp_path), DOES=does, NODE_RANK="1", RESTARTS="0")
+        return done.stdout.splitlines()[-1], (tmp_path / "started").read_text().splitlines()
+
+    stop, look = tmp_path / "stop", "smaug_ds.preflight"
+    stop.touch()  # by the script of a host that waits in its preflight, or has left
+    for does in (":", "exit 2"):
+        assert start(does) == ("code 85", [look])
+        assert stop.exists()
+        os.utime(stop)  # another one: the host has not left on this one before
+    assert start() == ("code 85", [look])
+    assert start() == ("code 0", [look, "smaug_ds.pretrain"])  # it has been obeyed
+    assert not stop.exists()
+    late = f'[ "$1" = {look} ] || {{ touch "$RUN/stop"; exit 85; }}'  # told while the ranks leave
+    assert start(late) == ("code 85", [look, "smaug_ds.pretrain"])
+    assert not stop.exists()
+
+
+def test_an_agreed_stop_is_not_shown_as_an_error(tmp_path: Path) -> None:
+    ended = "[2026-11-21 12:00:00,123] [ERROR] [launch.py:259:sigkill_handler] ['python'] exits with return code ="
+    srun = "srun: error: node1: task 0: Exited with exit code"
+    agreed = [f"{ended} 85", f"node2: {ended} 85", "pdsh@node1: node2: ssh exited with exit code 85", f"{srun} 85"]
+    real = [f"{ended} 1", f"{srun} 247", "an error that exits with return code = 85"]
+    (tmp_path / "said").write_text("\n".join([*agreed, *real, ""]))
+    does = '[ "$1" = smaug_ds.preflight ] || { cat "$RUN/said"; exit $CODE; }'
+    for code, told in ((85, ["== stopped as asked, which is no error: the same command goes on from there"]), (1, [])):
+        done = bash(KEEP_RUNNING, RUN=str(tmp_path), DOES=does, CODE=str(code), RESTARTS="0")
+        *shown, last = [
+            line for line in done.stdout.splitlines() if "error" in line.lower() or line.startswith("== ended")
+        ]
+        assert shown == real + told
+        assert last.startswith(f"== ended with code {code} after start 0; logs in ")
+        (log,) = tmp_path.glob("logs/*/launcher.log")
+        assert log.read_text() == (tmp_path / "said").read_text()
+        shutil.rmtree(tmp_path / "logs")
+
+
 @pytest.mark.parametrize(("code", "starts"), [(87, 1), (2, 1), (1, 3)])
 def test_what_would_fail_again_is_not_started_again(tmp_path: Path, code: int, starts: int) -> None:
     done = bash(KEEP_RUNNING, RUN=str(tmp_path), DOES=f"exit {code}", RESTARTS="2", PREFLIGHT="0")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -42,14 +42,17 @@ __all__ = [
     "STATE",
     "WEIGHTS",
     "code_version",
+    "compare",
     "describe_all",
     "find",
     "initialise",
+    "load_headers",
     "load_weights",
     "open_latest",
     "random_state",
     "read_state",
     "restore",
+    "resumable",
     "save",
     "set_random_state",
     "verify",
@@ -92,6 +95,11 @@ def open_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[s
             f"none of {', '.join(candidates)} in {folder} is whole: {damage[0]}; remove them to start anew"
         )
     return None
+
+
+def resumable(folder: Path) -> bool:
+    """Whether there is a checkpoint in ``folder`` to resume from, whole or not."""
+    return bool(_candidates(folder))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -176,8 +184,29 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
+def load_headers(path: str | Path) -> dict[str, Tensor]:
+    """The same without values, on the device "meta": only the header of the file is read."""
+    file = find(path) / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in list(opened.keys())}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 def initialise(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """Copies the weights that ``model`` has a place for, cast to its types, and says in a line what was left over.
+
+    Raises ValueError as ``compare``.
+    """
+    told = compare(model, weights)
+    model.load_state_dict(dict(weights), strict=False)
+    return told
+
+
+def compare(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Says in a line which of the weights ``model`` has a place for, by their names and shapes alone.
 
     Raises ValueError when a shape differs (naming the key and both shapes) or nothing fits.
     """
@@ -188,7 +217,6 @@ def initialise(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     for name, value in weights.items():
         if name in own and own[name].shape != value.shape:
             raise ValueError(f"{name} has shape {list(value.shape)}, but the model needs {list(own[name].shape)}")
-    model.load_state_dict(dict(weights), strict=False)
     return f"{len(own) - len(missing)} weights taken, missing: {_brief(missing)}, unused: {_brief(unused)}"
 
 

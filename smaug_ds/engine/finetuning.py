@@ -24,7 +24,6 @@ from smaug_ds.evaluation import multiple_choice, question_answering
 from smaug_ds.evaluation.asking import Asked, QuestionConfig, answers_to_choose_from, ask, open_asked
 from smaug_ds.evaluation.benchmarks import read_benchmark
 from smaug_ds.model.answers import with_answer_decoder
-from smaug_ds.model.positions import fit_positions
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import Tokenizer
 
@@ -47,12 +46,7 @@ class FinetuneConfig(PretrainConfig):
 
 def open_task(config: FinetuneConfig, tokenizer: Tokenizer) -> Task:
     """The task that ``config.task`` names."""
-    tasks: dict[str, Callable[[FinetuneConfig, Tokenizer], Task]] = {
-        "retrieval": FinetunedRetrieval,
-        "multiple_choice": ChoiceTask,
-        "question_answering": QuestionTask,
-    }
-    return tasks[config.task](config, tokenizer)
+    return TASKS[config.task](config, tokenizer)
 
 
 class FinetunedRetrieval(RetrievalTask):
@@ -112,9 +106,9 @@ class QuestionTask:
         if questions.test:
             self.held_out, self.asked = _open_test(config, tokenizer, "question answering")
 
-    def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        config = self.config.model
-        return with_answer_decoder(fit_positions(weights, config.vision.patches, config.frames), config.answer_layers)
+    @staticmethod
+    def start(config: PretrainConfig, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return with_answer_decoder(RetrievalTask.start(config, weights), config.model.answer_layers)
 
     def objective(self, model: SmaugModel) -> nn.Module:
         return QuestionAnswering(model)
@@ -135,6 +129,13 @@ class QuestionTask:
             checkpoint,
         )
         return result.table(), result.report()
+
+
+TASKS: dict[str, type[FinetunedRetrieval] | type[QuestionTask]] = {
+    "retrieval": FinetunedRetrieval,
+    "multiple_choice": ChoiceTask,
+    "question_answering": QuestionTask,
+}
 
 
 def _ask_training(config: FinetuneConfig, mixture: Mixture) -> list[Asked]:

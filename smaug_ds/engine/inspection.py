@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -29,10 +28,11 @@ from smaug_ds.data.index import ShardIndex
 from smaug_ds.data.mixture import training_folders
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.finetuning import FinetuneConfig
+from smaug_ds.engine.outline import parameters, starting_weights
 from smaug_ds.engine.resume import flat
 from smaug_ds.engine.train import PretrainConfig
-from smaug_ds.model.smaug import ModelConfig, SmaugModel
-from smaug_ds.text import Tokenizer
+from smaug_ds.model.smaug import ModelConfig
+from smaug_ds.text import tokenizer_file
 
 GROUPS = ("code", "config", "data", "run folder", "accelerator", "decoder", "clock")
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "av", "transformers", "timm", "numpy")
@@ -54,6 +54,7 @@ class Needs:
     folder: Path  # that it writes into; the same folder on all hosts
     folder_key: str  # the setting that it comes from
     checkpoints: int = 0  # that have to find room in the folder
+    start: Callable[[], str] = lambda: ""  # says in a line what it starts from; may raise ConfigError
 
     @classmethod
     def of_run(cls, config: PretrainConfig) -> Needs:
@@ -68,7 +69,7 @@ class Needs:
             files += [("questions.answer_list", path) for path in [asked.answer_list] if path]
         if config.run.init_from:
             with naming("run.init_from"):
-                checkpoint.find(config.run.init_from)
+                files += [("run.init_from", path) for path in marks_of(checkpoint.find(config.run.init_from))]
         folder = Path(config.run.folder)
         present = len(list((folder / "checkpoints").glob("step_*")))
         return cls(
@@ -80,7 +81,14 @@ class Needs:
             folder=folder,
             folder_key="run.folder",
             checkpoints=max(1, config.run.keep_checkpoints + 1 - present),  # written before the oldest is removed
+            start=lambda: starting_weights(config),
         )
+
+
+def marks_of(folder: Path) -> list[str]:
+    """Those small files of a checkpoint that tell it from others; the first has the hashes of the weights."""
+    names = (checkpoint.MANIFEST, checkpoint.STATE, checkpoint.ARCHITECTURE)
+    return [str(folder / name) for name in names if (folder / name).is_file()]
 
 
 def trained_and_tested_on(data: DataConfig) -> list[str]:
@@ -100,6 +108,7 @@ class Facts:
     marks: dict[str, dict[str, str]] = field(default_factory=dict)  # by group: what has to be equal on all hosts
     problems: dict[str, list[str]] = field(default_factory=dict)  # by group: what is wrong here
     shown: dict[str, str] = field(default_factory=dict)  # by group: what the table says in place of "ok"
+    notes: list[str] = field(default_factory=list)  # lines to tell below the table
 
     @contextmanager
     def noting(self, group: str) -> Iterator[None]:
@@ -154,7 +163,9 @@ class Inspection:
         facts.marks["config"] = {key: str(value) for key, value in flat(to_dict(needs.settings)).items()}
         for key, path in needs.files:
             with facts.noting("config"), naming(key):
-                facts.marks["config"][f"{path} ({key})"] = _digest(Path(path))
+                facts.marks["config"][f"{path} ({key})"] = _digest(_file(key, path))
+        with facts.noting("config"):
+            facts.notes += filter(None, [needs.start()])
         with facts.noting("data"):
             for folder in needs.shards():
                 with facts.noting("data"):
@@ -246,13 +257,13 @@ def run_folder(needs: Needs, seal: str) -> str:
     return f"{free / 1e9:.0f} GB free"
 
 
-def parameters(config: ModelConfig, data: DataConfig) -> int:
-    """Number of the model's parameters, without making them."""
-    with naming("data.tokenizer"):
-        vocab_size = Tokenizer(data.tokenizer).vocab_size
-    model = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in SmaugModel(model).parameters())
+def _file(key: str, path: str) -> Path:
+    """The file that the setting ``key`` means. Raises ValueError where it names none."""
+    if key == "data.tokenizer":
+        return tokenizer_file(path)
+    if not path or Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name a file" if path else "is empty: name a file")
+    return Path(path)
 
 
 def _digest(path: Path) -> str:

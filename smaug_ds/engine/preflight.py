@@ -112,12 +112,12 @@ class Meeting:
         faults += [f"{hosts[rank]}: {link['error']}" for rank, link in links.items() if link["error"]]
         paces = {rank: link["pace"] for rank, link in links.items() if link["pace"]}
         speeds = {rank: link["gbit"] for rank, link in links.items()}
-        print(table(facts, found, paces, speeds), flush=True)
+        print("\n".join([table(facts, found, paces, speeds), *facts[0].notes]), flush=True)
         if not faults and self.world_size > 1:
             print(f"all-reduce of {LINK_BYTES >> 20} MiB by all ranks: {links[0]['seconds'] * 1000:.1f} ms", flush=True)
         for warning in slow(hosts, paces, speeds):
             print(f"warning: preflight: {warning}", file=sys.stderr, flush=True)
-        return _tell(faults)
+        return _tell(list(dict.fromkeys(faults)))
 
     def _report(self, inspection: Inspection) -> None:
         """Tells what this rank finds, then whether it can talk to the others, and how fast."""

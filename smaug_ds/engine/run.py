@@ -102,7 +102,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
     if config.run.init_from and not latest:
         with distributed.agreeing(ConfigError), naming("run.init_from"):
             require_vision(config.run.init_from, config.model)
-            taken = checkpoint.initialise(model, task.start(checkpoint.load_weights(config.run.init_from)))
+            taken = checkpoint.initialise(model, task.start(config, checkpoint.load_weights(config.run.init_from)))
         say(f"{config.run.init_from}: {taken}")
 
     # ---- engine

@@ -29,8 +29,9 @@ class Task(Protocol):
     without_evaluation: str  # why there is none; empty if there is
     metrics: list[str]  # names of the figures that the evaluation yields
 
-    def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The weights of ``run.init_from``, made to fit."""
+    @staticmethod
+    def start(config: PretrainConfig, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The weights of ``run.init_from``, made to fit; also of headers alone, see ``checkpoint.load_headers``."""
 
     def objective(self, model: SmaugModel) -> nn.Module:
         """Maps a batch to its losses by name."""
@@ -59,8 +60,9 @@ class RetrievalTask:
         self.held_out = held_out(config, tokenizer)
         self.without_evaluation = "" if self.held_out is not None else "neither data.test nor data.holdout is set"
 
-    def start(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return fit_positions(weights, self.config.model.vision.patches, self.config.model.frames)
+    @staticmethod
+    def start(config: PretrainConfig, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return fit_positions(weights, config.model.vision.patches, config.model.frames)
 
     def objective(self, model: SmaugModel) -> nn.Module:
         return Pretraining(model, self.config.loss)

@@ -131,8 +131,13 @@ def block(tokens: float, width: int, mlp_width: int) -> Flops:
 
 
 def vision_flops(model: ModelConfig) -> Flops:
-    """The vision encoder on one frame while training."""
+    """The vision encoder on one frame while training.
+
+    BEiT's layers rank the tokens even where none leaves. Its bias is added within the fused attention, and its gradient
+    is that of the scores, so neither is a product more.
+    """
     vision = model.vision
+    beit = vision.layout == "beit"
     tokens = visible_count(vision.patches, vision.mask_ratio)
     total = linear(tokens, 3 * vision.patch_size**2, vision.width, first=True)
     for number in range(1, vision.depth + 1):
@@ -140,11 +145,14 @@ def vision_flops(model: ModelConfig) -> Flops:
         if number in vision.sparsify_layers:
             layer += _rank_and_fuse(tokens, kept_count(tokens, vision.keep_rate), vision.width)
             tokens = min(tokens, kept_count(tokens, vision.keep_rate) + 1)
-        layer += _mlp(tokens + 1, vision.width, vision.mlp_width)
+        elif beit:
+            layer += Flops(_rank_and_fuse(tokens, tokens, vision.width).forward)
+        last = linear(tokens + 1, vision.mlp_width, vision.width)
+        layer += linear(tokens + 1, vision.width, vision.mlp_width) + last
         every = vision.checkpoint_every if vision.checkpoint_what == "layer" else 0
         if every and number % every == 0:
-            # but for the last product: nothing in the backward pass needs its result
-            layer = _recomputed(layer, linear(tokens + 1, vision.mlp_width, vision.width))
+            # the backward pass needs the result of the last product for the gradient of BEiT's scale alone
+            layer = _recomputed(layer, _NOTHING if beit else last)
         total += layer
     return total
 

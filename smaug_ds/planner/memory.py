@@ -12,6 +12,7 @@ from typing import Literal
 from smaug_ds.losses import LossConfig
 from smaug_ds.model.smaug import ModelConfig
 from smaug_ds.model.sparsify import kept_count, visible_count
+from smaug_ds.model.vision import VisionConfig
 from smaug_ds.planner.flops import KEYS, Keys, Step, projected_tokens
 from smaug_ds.planner.parameters import MLP_RATIO
 
@@ -124,7 +125,7 @@ def activations(
     tokens = vision.token_counts()[-1]
     passes = 1 + bool(loss.mlm)
     fused = 3 * bool(loss.vtm) + bool(loss.mlm)
-    parts = {"vision encoder": clips * size * _vision(model)}
+    parts = {"vision encoder": clips * size * _vision(model, size)}
     if step.frames > 1:
         block = tokens * (PRE_NORM_BLOCK + 2 * MLP_RATIO) * vision.width
         parts["temporal encoder"] = clips * size * block * model.temporal.depth
@@ -172,18 +173,20 @@ def transient(model: ModelConfig, step: Step, precision: Precision) -> float:
     """Bytes that come and go within a micro step: the recomputation of one layer, pixels in float32."""
     vision, text, size = model.vision, model.text, precision.activation_bytes
     tokens = visible_count(vision.patches, vision.mask_ratio) + 1
-    layer = step.batch * step.frames * tokens * (PRE_NORM_BLOCK * vision.width + 2 * vision.mlp_width)
+    layer = step.batch * step.frames * _vision_layer(vision, tokens, tokens, size)
     pixels = step.batch * step.frames * 3 * vision.image_size**2 * FLOAT
     caption = 3 * step.batch * step.captions.mean * (LANGUAGE_BLOCK * text.width + 2 * text.mlp_width)
     recomputed = max(layer * bool(vision.checkpoint_every), caption * bool(text.checkpoint_every))
     return size * recomputed + 3 * pixels
 
 
-def _vision(model: ModelConfig) -> float:
-    """Elements that the vision encoder saves for one frame."""
+def _vision(model: ModelConfig, size: int) -> float:
+    """Elements of ``size`` bytes that the vision encoder saves for one frame."""
     vision = model.vision
     tokens = visible_count(vision.patches, vision.mask_ratio)
-    total = float(tokens * (3 * vision.patch_size**2 + vision.width))
+    total = float(tokens * 3 * vision.patch_size**2)
+    if vision.layout == "clip":  # which has a norm before its first layer
+        total += tokens * vision.width
     for number in range(1, vision.depth + 1):
         entering = tokens + 1
         if number in vision.sparsify_layers:
@@ -194,11 +197,20 @@ def _vision(model: ModelConfig) -> float:
             if vision.checkpoint_what == "cheap":
                 total += entering * (CHEAP_BLOCK - 2) * vision.width + (tokens + 1) * (vision.width + vision.mlp_width)
             continue
-        # the activation saves its input, the matrix behind it what it makes of that
-        total += entering * 6 * vision.width + (tokens + 1) * (2 * vision.width + 2 * vision.mlp_width)
+        total += _vision_layer(vision, entering, tokens + 1, size)
         if number in vision.sparsify_layers:  # the kept tokens, gathered and put together
             total += entering * vision.width
     return total + 2 * (tokens + 1) * vision.width
+
+
+def _vision_layer(vision: VisionConfig, entering: int, leaving: int, size: int) -> float:
+    """Elements of ``size`` bytes that a layer saves for one frame, of which ``leaving`` tokens go on to its MLP."""
+    # the activation saves its input, the matrix behind it what it makes of that
+    total = entering * (PRE_NORM_BLOCK - 2) * vision.width + leaving * 2 * (vision.width + vision.mlp_width)
+    if vision.layout == "clip":
+        return total
+    # BEiT's scales save what they scale; the attention its bias, whose entries are found by int64 numbers
+    return total + (entering + leaving) * vision.width + entering**2 * (vision.heads + 8 / size)
 
 
 def _pixel_decoder(model: ModelConfig, size: int) -> float:

@@ -1,11 +1,14 @@
 """What benchmark files are, their counts, and what reading them costs.
 
 python -m smaug_ds.evaluation.benchmarks FILE... [--media FOLDER [--list OUT]] [--ids FILE]
+
+Exit codes: 0 all could be read, 2 one could not, or the command line is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -24,7 +27,7 @@ Result = TypeVar("Result")
 
 def describe(path: Path, media: Path | None, ids: Path | None, out: Path | None) -> list[str]:
     """What ``path`` is, and what is to be said about it: a line each; with ``media``, which videos are missing there.
-    The others are listed in the file ``out``. Raises BenchmarkError if something cannot be read."""
+    The others are listed in the file ``out``. Raises BenchmarkError if something cannot be read, or ``out`` written."""
     layout = layout_of(path)
     if layout not in READERS and out is None:
         return _describe_other(path, layout)
@@ -38,7 +41,10 @@ def describe(path: Path, media: Path | None, ids: Path | None, out: Path | None)
         lines.append(str(found))
         if out is not None:
             found.require(len(found.missing))
-            write_list(out, benchmark, found)
+            try:
+                write_list(out, benchmark, found)
+            except OSError as error:
+                raise BenchmarkError(f"--list {out} cannot be written: {error.strerror}") from error
             lines.append(f"{out}: list of {len(found.places)} videos for tools/build_shards.py")
     title = benchmark.name if benchmark.name == layout else f"{benchmark.name} ({layout})"
     return [f"{path.name}: {title}, {counts}, {cost}", *_indented(lines)]
@@ -76,9 +82,11 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns 1 if a file could not be read."""
+    """Command line; returns 2 if a file could not be read, which is a line on standard error each."""
     parser = argparse.ArgumentParser(
-        prog="python -m smaug_ds.evaluation.benchmarks", description="What benchmark files are, and their counts."
+        prog="python -m smaug_ds.evaluation.benchmarks",
+        description="What benchmark files are, and their counts.",
+        epilog="Exit codes: 0 all could be read, 2 one could not, or the command line is wrong.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--media", type=Path, help="folder of videos: tells which of them are missing")
@@ -94,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             print("\n".join(describe(path, options.media, options.ids, options.out)))
         except BenchmarkError as error:
-            print(f"error: {error}")
-            failed = 1
+            print(f"error: {error}", file=sys.stderr)
+            failed = 2
     return failed
 
 
