@@ -31,9 +31,9 @@ from smaug_ds.planner.parameters import parameters
 from smaug_ds.planner.prediction import Work, memory, predict, require_fit, scaling
 from tests.models import VOCABULARY, random_batch, small_config, small_model
 from tests.ranks import run_ranks
-from tools.plan_corpus import paper_recipe
 from tools.plan_run import main
-from tools.profile_model import ProfileConfig, count_flops
+from tools.planning.corpus import paper_recipe
+from tools.profiling.model import ProfileConfig, count_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = Precision.of(json.loads((ROOT / "ds_configs/zero2_bf16.json").read_text()))

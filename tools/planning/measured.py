@@ -16,7 +16,7 @@ from smaug_ds.planner.calibration import Measured, rows
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.planner.memory import Precision
 from smaug_ds.planner.prediction import Work
-from tools.plan_corpus import with_vocabulary
+from tools.planning.corpus import with_vocabulary
 
 PREFIX = "seconds_per_step/"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smaug_ds.config import ConfigError
-from tools.plan_report import Plan
+from tools.planning.report import Plan
 
 LAUNCHERS = ("slurm", "hosts")
 MARGIN = 1.3  # on the predicted time: evaluation, checkpoints, a slower neighbour

@@ -14,8 +14,8 @@ from typing import Any
 from smaug_ds.data.loader import TrainLoader
 from smaug_ds.data.pool import Limits, Pool
 from smaug_ds.data.quarantine import Ledger
-from tools.profile_machine import cpu_seconds, family
-from tools.profile_stages import SEED, Case
+from tools.profiling.machine import cpu_seconds, family
+from tools.profiling.stages import SEED, Case
 
 SOAK_MARKS = 10
 

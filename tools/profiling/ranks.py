@@ -18,7 +18,7 @@ import torch
 
 from smaug_ds.config import ConfigError
 from smaug_ds.engine.monitor import PHASES, Monitor, Stopwatch
-from tools.profile_machine import peak_memory
+from tools.profiling.machine import peak_memory
 
 _COLLECTIVES = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single"),

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from smaug_ds.config import ConfigError, parse, to_dict
-from tools.profile_machine import conditions, describe
-from tools.profile_model import peak_of, record
-from tools.profile_output import Bar, Report, add_arguments, check_arguments, plain, table, write
-from tools.profile_step import StepConfig
-from tools.profile_turns import External, Facts, Runner, Spread, Timing, take_turns
+from tools.profiling.machine import conditions, describe
+from tools.profiling.model import peak_of, record
+from tools.profiling.output import Bar, Report, add_arguments, check_arguments, plain, table, write
+from tools.profiling.step import StepConfig
+from tools.profiling.turns import External, Facts, Runner, Spread, Timing, take_turns
 
 
 def main(arguments: Sequence[str], program: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.profile_stages import NvdecRate, Stage
+from tools.profiling.stages import NvdecRate, Stage
 
 _TRIMMING = {"order and index", "read", "demux, frame choice", "trim", "draws, tokens"}  # what a worker does for NVDEC
 _STEP = "seconds_per_step/"  # in metrics.jsonl; "data" is the wait for the loader

@@ -31,7 +31,7 @@ from smaug_ds.losses import LossConfig
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.model.sparsify import visible_count
 from smaug_ds.text import IGNORED
-from tools.profile_captions import draw_lengths
+from tools.profiling.captions import draw_lengths
 
 BERT_VOCABULARY = 30522
 # What a DeepSpeed run with bf16 weights does, with the AdamW that needs no compiler.

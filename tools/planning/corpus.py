@@ -14,7 +14,7 @@ from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.planner.media import MediaConfig, epoch_draws
 from smaug_ds.text import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"5M": "jobs/experiments/corpus_5m.yaml", "17M": "jobs/experiments/corpus_17m.yaml"}
 BERT_VOCABULARY = 30522
 C = TypeVar("C", bound=PretrainConfig)

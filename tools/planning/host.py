@@ -33,8 +33,8 @@ from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.planner.flops import Captions, Step, step_flops
 from smaug_ds.planner.memory import Precision
-from tools.plan_corpus import with_vocabulary
-from tools.profile_machine import conditions, describe
+from tools.planning.corpus import with_vocabulary
+from tools.profiling.machine import conditions, describe
 
 CAPTION = 12  # tokens of every caption
 SECONDS = 4.0  # that each timing takes

@@ -27,10 +27,10 @@ from smaug_ds import distributed
 from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.model.packing import Packing
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
-from tools.profile_machine import conditions, describe, matrix_peak
-from tools.profile_output import Bar, Report, add_arguments, check_arguments, write
-from tools.profile_step import StepConfig
-from tools.profile_turns import Facts, OutOfMemoryError, Runner, Timing
+from tools.profiling.machine import conditions, describe, matrix_peak
+from tools.profiling.output import Bar, Report, add_arguments, check_arguments, write
+from tools.profiling.step import StepConfig
+from tools.profiling.turns import Facts, OutOfMemoryError, Runner, Timing
 
 # Forward GFLOPs of one single-frame sample at base size: as planned, and of Singularity, which masks nothing.
 PLANNED = {

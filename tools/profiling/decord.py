@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as transforms
 
 from smaug_ds.config import ConfigError
-from tools.profile_stages import Case, tokens_of
-from tools.profile_whole import Rate, loader_rate, rate_of, workers_rate
+from tools.profiling.stages import Case, tokens_of
+from tools.profiling.whole import Rate, loader_rate, rate_of, workers_rate
 
 _TRIMMED = frozenset({"h264"})  # codecs of the side that leaves decoding to NVDEC
 

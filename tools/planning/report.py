@@ -13,7 +13,7 @@ from smaug_ds.planner.flops import step_flops
 from smaug_ds.planner.memory import checkpoint_bytes
 from smaug_ds.planner.parameters import parameters
 from smaug_ds.planner.prediction import Fit, Prediction, Scale, Work, memory
-from tools.plan_corpus import Recipe
+from tools.planning.corpus import Recipe
 
 GB = 1e9
 

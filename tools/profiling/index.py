@@ -33,8 +33,8 @@ from smaug_ds.data.order import Order
 from smaug_ds.data.quarantine import Ledger
 from smaug_ds.data.sample import BatchShape, Medium
 from smaug_ds.text import Tokenizer, train_vocabulary
-from tools.profile_machine import conditions, describe
-from tools.profile_synthetic import CAPTION, MANIFEST, SETS, SyntheticSet, set_of, write_corpus
+from tools.profiling.machine import conditions, describe
+from tools.profiling.synthetic import CAPTION, MANIFEST, SETS, SyntheticSet, set_of, write_corpus
 
 BATCH = 32
 GLOBAL_BATCH = 1024  # of the order whose shuffle is judged

@@ -17,7 +17,7 @@ from smaug_ds.data.index import FORMAT, SAMPLE_DTYPE
 from smaug_ds.data.indexing import IndexReport
 from smaug_ds.data.sample import MEDIA, Medium
 from smaug_ds.data.shard import Entry
-from tools.profile_clips import ClipStyle, render_clip, render_image
+from tools.profiling.clips import ClipStyle, render_clip, render_image
 
 # The sets of the corpus of 17 million pairs, and millions of samples of each.
 SETS: dict[str, tuple[Medium, float]] = {

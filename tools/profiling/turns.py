@@ -26,8 +26,8 @@ from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.engine.monitor import Stopwatch
-from tools.profile_machine import peak_memory
-from tools.profile_step import Step, StepConfig
+from tools.profiling.machine import peak_memory
+from tools.profiling.step import Step, StepConfig
 
 GPU_STEPS = 5  # between two looks at the clock: waiting for the device at each step would slow it down
 TRACED_STEPS = 2

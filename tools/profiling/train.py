@@ -31,15 +31,15 @@ from smaug_ds.engine.monitor import PHASES
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.text import Tokenizer
-from tools.plan_measured import step_flops_of, work_of_run
-from tools.profile_clips import ClipStyle, caption, render_corpus
-from tools.profile_machine import conditions, describe
-from tools.profile_output import Bar, Report, add_arguments, check_arguments, plain, table, write
-from tools.profile_ranks import run_ranks
-from tools.profile_step import BERT_VOCABULARY
-from tools.profile_turns import Spread
+from tools.planning.measured import step_flops_of, work_of_run
+from tools.profiling.clips import ClipStyle, caption, render_corpus
+from tools.profiling.machine import conditions, describe
+from tools.profiling.output import Bar, Report, add_arguments, check_arguments, plain, table, write
+from tools.profiling.ranks import run_ranks
+from tools.profiling.step import BERT_VOCABULARY
+from tools.profiling.turns import Spread
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str], program: str) -> None:

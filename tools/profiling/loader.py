@@ -31,12 +31,12 @@ from smaug_ds.data.index import Corpus
 from smaug_ds.data.mixture import open_mixture
 from smaug_ds.data.sample import MEDIA, Medium
 from smaug_ds.text import Tokenizer
-from tools.profile_bottleneck import Demand, advise, demand_of_run
-from tools.profile_clips import ClipStyle, render_corpus
-from tools.profile_decord import compare
-from tools.profile_machine import conditions, describe
-from tools.profile_stages import Case, NvdecRate, measure, nvdec_rate
-from tools.profile_whole import loader_rate, soak
+from tools.profiling.bottleneck import Demand, advise, demand_of_run
+from tools.profiling.clips import ClipStyle, render_corpus
+from tools.profiling.decord import compare
+from tools.profiling.machine import conditions, describe
+from tools.profiling.stages import Case, NvdecRate, measure, nvdec_rate
+from tools.profiling.whole import loader_rate, soak
 
 
 @dataclass(frozen=True)

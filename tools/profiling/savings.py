@@ -28,10 +28,10 @@ from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.model import layers
 from smaug_ds.model.language import MultiModalEncoder
 from smaug_ds.model.smaug import SmaugModel
-from tools.profile_machine import conditions, describe
-from tools.profile_output import Bar, Report, add_arguments, check_arguments, plain, table, write
-from tools.profile_step import Step, StepConfig
-from tools.profile_turns import Spread, time_steps
+from tools.profiling.machine import conditions, describe
+from tools.profiling.output import Bar, Report, add_arguments, check_arguments, plain, table, write
+from tools.profiling.step import Step, StepConfig
+from tools.profiling.turns import Spread, time_steps
 
 
 @dataclass(frozen=True)
