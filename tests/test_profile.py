@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from smaug_ds.config import ConfigError
-from tools.profiling.bottleneck import Demand, advise, demand_of_run, share_waiting, workers_for
-from tools.profiling.decord import compare
+from tools.profiling.loader import Demand, advise, demand_of_run, share_waiting, workers_for
 from tools.profiling.machine import family, use
+from tools.profiling.rates import compare
 from tools.profiling.stages import NvdecRate, Stage
 
 ROOT = Path(__file__).resolve().parent.parent

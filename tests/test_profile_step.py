@@ -26,7 +26,7 @@ from tools.profiling.ablation import ROWS, TABLES, Row, forward_flops
 from tools.profiling.captions import MSRVTT, draw_lengths
 from tools.profiling.model import ProfileConfig, count_flops, largest
 from tools.profiling.model import main as profile
-from tools.profiling.output import Bar, Report, draw, table
+from tools.profiling.report import Bar, Report, draw, table
 from tools.profiling.step import Step, StepConfig, random_batch
 from tools.profiling.turns import External, Spread, Timing, _load, _serve, executed_flops
 

@@ -34,7 +34,7 @@ from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.planner.flops import Captions, Step, step_flops
 from smaug_ds.planner.memory import Precision
 from tools.planning.corpus import with_vocabulary
-from tools.profiling.machine import conditions, describe
+from tools.profiling.machine import announce
 
 CAPTION = 12  # tokens of every caption
 SECONDS = 4.0  # that each timing takes
@@ -59,8 +59,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    told = conditions({"model": config.model.size, "frames": config.model.frames, "batch": config.batch.micro_size})
-    print(describe(told))
+    told = announce({"model": config.model.size, "frames": config.model.frames, "batch": config.batch.micro_size})
     found = measure(config, autocast, ranks, cores)
     print(" ".join(f"cluster.{name}={value:.4g}" for name, value in found.items()))
     if args.json:

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from smaug_ds.config import ConfigError, parse, to_dict
-from tools.profiling.machine import conditions, describe
+from tools.profiling.command import keys_of, new_parser, run
+from tools.profiling.machine import announce
 from tools.profiling.model import ProfileConfig, count_flops, peak_of, record
-from tools.profiling.output import Bar, Report, add_arguments, check_arguments, plain, table, write
+from tools.profiling.report import Bar, Report, add_files, plain, table, write
 from tools.profiling.step import StepConfig
 from tools.profiling.turns import Facts, Runner, Spread, take_turns
 
@@ -88,32 +89,25 @@ TABLES = tuple(dict.fromkeys(row.table for row in ROWS))
 
 def main(arguments: Sequence[str], program: str) -> None:
     """The subcommand ``ablation``, with what follows it on the command line."""
-    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(program, __doc__)
     parser.add_argument("--tables", default=",".join(TABLES), metavar="NAMES", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="of each row and of dense beside it")
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="of a turn; 0: count only")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps that do not count")
-    add_arguments(parser)
-    keys = ", ".join(to_dict(StepConfig()))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"of {keys} (as model.size=tiny)")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        check_arguments(args)
-        names = args.tables.split(",")
-        for name in names:
-            if name not in TABLES:
-                raise ConfigError(f"--tables names {name!r}: known are {', '.join(TABLES)}")
-        for name, least in (("turns", 1), ("steps", 0), ("warmup", 0)):
-            if getattr(args, name) < least:
-                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least {least}")
-        config = parse(StepConfig, None, args.overrides)
-        told = conditions(to_dict(config))
-        print(describe(told), flush=True)
-        rows = [row for row in ROWS if row.table in names]
-        report = ablate(config, rows, args, told) if args.steps else count(config, rows, told)
-    except ConfigError as error:
-        parser.exit(2, f"error: {error}\n")
-    write(report, args)
+    add_files(parser)
+    settings = keys_of(StepConfig(), "model.size=tiny")
+    write(*run(parser, arguments, settings, _report, {"turns": 1, "steps": 0, "warmup": 0}))
+
+
+def _report(args: argparse.Namespace) -> Report:
+    names = args.tables.split(",")
+    for name in names:
+        if name not in TABLES:
+            raise ConfigError(f"--tables names {name!r}: known are {', '.join(TABLES)}")
+    config = parse(StepConfig, None, args.overrides)
+    told = announce(to_dict(config))
+    rows = [row for row in ROWS if row.table in names]
+    return ablate(config, rows, args, told) if args.steps else count(config, rows, told)
 
 
 def count(config: StepConfig, rows: Sequence[Row], told: dict[str, Any]) -> Report:

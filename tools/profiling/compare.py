@@ -17,38 +17,31 @@ from pathlib import Path
 from typing import Any
 
 from smaug_ds.config import ConfigError, parse, to_dict
-from tools.profiling.machine import conditions, describe
+from tools.profiling.command import keys_of, new_parser, run
+from tools.profiling.machine import announce
 from tools.profiling.model import peak_of, record
-from tools.profiling.output import Bar, Report, add_arguments, check_arguments, plain, table, write
+from tools.profiling.report import Bar, Report, add_files, plain, table, write
 from tools.profiling.step import StepConfig
 from tools.profiling.turns import External, Facts, Runner, Spread, Timing, take_turns
 
 
 def main(arguments: Sequence[str], program: str) -> None:
     """The subcommand ``compare``, with what follows it on the command line."""
-    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(program, __doc__)
     parser.add_argument("--peer", type=Path, required=True, metavar="FILE", help="Python file with make_step")
     parser.add_argument("--turns", type=int, default=4, metavar="N", help="of each side")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="of a turn")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps of each side that do not count")
-    add_arguments(parser)
-    keys = ", ".join(to_dict(StepConfig()))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"of {keys} (as model.frames=4)")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        check_arguments(args)
-        for name in ("turns", "steps"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
-        if not args.peer.is_file():
-            raise ConfigError(f"--peer {args.peer} does not exist: name a Python file with make_step")
-        config = parse(StepConfig, None, args.overrides)
-        told = conditions({**to_dict(config), "peer": str(args.peer)})
-        print(describe(told), flush=True)
-        report = compare(config, args.peer, args.turns, args.steps, args.warmup, told)
-    except ConfigError as error:
-        parser.exit(2, f"error: {error}\n")
-    write(report, args)
+    add_files(parser)
+    write(*run(parser, arguments, keys_of(StepConfig(), "model.frames=4"), _report, {"turns": 1, "steps": 1}))
+
+
+def _report(args: argparse.Namespace) -> Report:
+    if not args.peer.is_file():
+        raise ConfigError(f"--peer {args.peer} does not exist: name a Python file with make_step")
+    config = parse(StepConfig, None, args.overrides)
+    told = announce({**to_dict(config), "peer": str(args.peer)})
+    return compare(config, args.peer, args.turns, args.steps, args.warmup, told)
 
 
 def compare(config: StepConfig, peer: Path, turns: int, steps: int, warmup: int, told: dict[str, Any]) -> Report:

@@ -11,7 +11,6 @@ run's ``data`` section: ``shuffle_group=16``.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from smaug_ds.config import ConfigError, parse, to_dict
+from smaug_ds.config import parse, to_dict
 from smaug_ds.data.config import DataConfig
 from smaug_ds.data.loader import TrainLoader
 from smaug_ds.data.mixture import Mixture, open_mixture
@@ -33,8 +32,9 @@ from smaug_ds.data.order import Order
 from smaug_ds.data.quarantine import Ledger
 from smaug_ds.data.sample import BatchShape, Medium
 from smaug_ds.text import Tokenizer, train_vocabulary
-from tools.profiling.machine import conditions, describe
-from tools.profiling.synthetic import CAPTION, MANIFEST, SETS, SyntheticSet, set_of, write_corpus
+from tools.profiling.command import new_parser, run, write_json
+from tools.profiling.corpora import CAPTION, MANIFEST, SETS, SyntheticSet, set_of, write_corpus
+from tools.profiling.machine import announce
 
 BATCH = 32
 GLOBAL_BATCH = 1024  # of the order whose shuffle is judged
@@ -73,19 +73,19 @@ class Shuffle:
 
 def main(arguments: Sequence[str], program: str) -> None:
     """The subcommand ``index``, with what follows it on the command line."""
-    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(program, __doc__)
     parser.add_argument("--samples", type=int, default=17_000_000)
     parser.add_argument("--shards", type=int, default=2000)
     parser.add_argument("--ranks", type=int, default=2, help="processes that open the index at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        config = parse(DataConfig, None, args.overrides)
-    except ConfigError as error:
-        parser.exit(2, f"error: {error}\n")
-    told = conditions(to_dict(config))
-    print(describe(told))
+    figures, args = run(parser, arguments, None, _figures)
+    if args.json:
+        write_json(args.json, figures)
+
+
+def _figures(args: argparse.Namespace) -> dict[str, Any]:
+    config = parse(DataConfig, None, args.overrides)
+    told = announce(to_dict(config))
     with tempfile.TemporaryDirectory(prefix="profile.") as name:
         folder = Path(name)
         began = time.perf_counter()
@@ -103,9 +103,8 @@ def main(arguments: Sequence[str], program: str) -> None:
         order = mixture.order(GLOBAL_BATCH, SEED, config.shuffle_group)
         shuffles = {medium: shuffle_quality(order, mixture, medium) for medium in ("image", "video")}
     _print(ranks, shuffles, config)
-    if args.json:
-        figures = {"ranks": ranks, "shuffle": {medium: asdict(judged) for medium, judged in shuffles.items()}}
-        args.json.write_text(json.dumps({**told, "figures": figures}, indent=1) + "\n", encoding="utf-8")
+    judged = {medium: asdict(shuffle) for medium, shuffle in shuffles.items()}
+    return {**told, "figures": {"ranks": ranks, "shuffle": judged}}
 
 
 def put_first_batch(sets: Sequence[SyntheticSet], mixture: Mixture, order: Order, batch: int) -> None:

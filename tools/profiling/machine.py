@@ -36,6 +36,13 @@ def conditions(config: Any) -> dict[str, Any]:
     }
 
 
+def announce(config: Any) -> dict[str, Any]:
+    """``conditions``, printed before the measurement begins."""
+    told = conditions(config)
+    print(describe(told), flush=True)
+    return told
+
+
 def describe(told: dict[str, Any]) -> str:
     """``conditions`` in two lines."""
     hardware = told["hardware"]

@@ -27,8 +27,9 @@ from smaug_ds import distributed
 from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.model.packing import Packing
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
+from tools.profiling.command import keys_of, new_parser, run
 from tools.profiling.machine import conditions, describe, matrix_peak
-from tools.profiling.output import Bar, Report, add_arguments, check_arguments, write
+from tools.profiling.report import Bar, Report, add_files, write
 from tools.profiling.step import StepConfig
 from tools.profiling.turns import Facts, OutOfMemoryError, Runner, Timing
 
@@ -52,44 +53,38 @@ class ProfileConfig:
 
 def main(arguments: Sequence[str], program: str) -> None:
     """The subcommand ``model``, with what follows it on the command line."""
-    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(program, __doc__)
     parser.add_argument("--size", default="base", help="base or tiny")
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="time so many whole steps")
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them that do not count")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a torch profiler trace (.json) of two steps")
     parser.add_argument("--largest-batch", action="store_true", help="find the largest batch that a GPU holds")
-    add_arguments(parser)
-    keys = ", ".join(to_dict(StepConfig()))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"of {keys} (as model.frames=4)")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        check_arguments(args)
-        if args.largest_batch and distributed.device().type == "cpu":
-            raise ConfigError("--largest-batch needs a GPU: a CPU's memory ends with the kernel killing processes")
-        for name in ("steps", "warmup"):
-            if getattr(args, name) < 0:
-                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 0")
-        if args.trace and not args.steps:
-            raise ConfigError(f"--trace {args.trace}: there is no step to trace: give --steps")
-        step = parse(StepConfig, None, [f"model.size={args.size}", *args.overrides])
-        config = ProfileConfig(step.whole_model, step.loss.mlm_probability)
-        told = conditions(to_dict(step))
-        parameters, flops = count_parameters(config.model), count_flops(config)
-        print_table(config, parameters, flops)
-        further: dict[str, Any] = {"parameters": parameters, "forward_flops": flops}
-        if args.largest_batch:
-            step = dataclasses.replace(step, batch=largest(lambda batch: fits(step, batch), step.batch))
-            further["largest_batch"] = step.batch
-            print(f"\nlargest batch: {step.batch}", flush=True)
-        if args.steps:
-            report = time_steps(step, args.steps, args.warmup, args.trace, told)
-            report.further = further
-        else:
-            bars = [Bar(name, flops.get(name, 0) / 1e9, f"{flops.get(name, 0) / 1e9:.2f}") for name in parameters]
-            report = Report(told, "model", "forward GFLOPs of a sample", bars=bars, further=further)
-    except ConfigError as error:
-        parser.exit(2, f"error: {error}\n")
-    write(report, args)
+    add_files(parser)
+    write(*run(parser, arguments, keys_of(StepConfig(), "model.frames=4"), _report, {"steps": 0, "warmup": 0}))
+
+
+def _report(args: argparse.Namespace) -> Report:
+    if args.largest_batch and distributed.device().type == "cpu":
+        raise ConfigError("--largest-batch needs a GPU: a CPU's memory ends with the kernel killing processes")
+    if args.trace and not args.steps:
+        raise ConfigError(f"--trace {args.trace}: there is no step to trace: give --steps")
+    step = parse(StepConfig, None, [f"model.size={args.size}", *args.overrides])
+    config = ProfileConfig(step.whole_model, step.loss.mlm_probability)
+    told = conditions(to_dict(step))
+    parameters, flops = count_parameters(config.model), count_flops(config)
+    print_table(config, parameters, flops)
+    further: dict[str, Any] = {"parameters": parameters, "forward_flops": flops}
+    if args.largest_batch:
+        step = dataclasses.replace(step, batch=largest(lambda batch: fits(step, batch), step.batch))
+        further["largest_batch"] = step.batch
+        print(f"\nlargest batch: {step.batch}", flush=True)
+    if args.steps:
+        report = time_steps(step, args.steps, args.warmup, args.trace, told)
+        report.further = further
+    else:
+        bars = [Bar(name, flops.get(name, 0) / 1e9, f"{flops.get(name, 0) / 1e9:.2f}") for name in parameters]
+        report = Report(told, "model", "forward GFLOPs of a sample", bars=bars, further=further)
+    return report
 
 
 def time_steps(config: StepConfig, steps: int, warmup: int, trace: Path | None, told: dict[str, Any]) -> Report:

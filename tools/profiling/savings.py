@@ -28,8 +28,9 @@ from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.model import layers
 from smaug_ds.model.language import MultiModalEncoder
 from smaug_ds.model.smaug import SmaugModel
-from tools.profiling.machine import conditions, describe
-from tools.profiling.output import Bar, Report, add_arguments, check_arguments, plain, table, write
+from tools.profiling.command import keys_of, new_parser, run
+from tools.profiling.machine import announce
+from tools.profiling.report import Bar, Report, add_files, plain, table, write
 from tools.profiling.step import Step, StepConfig
 from tools.profiling.turns import Spread, time_steps
 
@@ -54,29 +55,22 @@ class Worth:
 
 def main(arguments: Sequence[str], program: str) -> None:
     """The subcommand ``savings``, with what follows it on the command line."""
-    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(program, __doc__)
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="with and without each saving")
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="of a turn")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps before each turn that do not count")
-    add_arguments(parser)
-    keys = ", ".join(to_dict(StepConfig()))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"of {keys} (as model.frames=4)")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        check_arguments(args)
-        for name, least in (("turns", 1), ("steps", 1), ("warmup", 0)):
-            if getattr(args, name) < least:
-                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least {least}")
-        config = parse(StepConfig, None, args.overrides)
-        for name, wanted in (("dtype", ("bf16", "fp32")), ("adamw", ("fused",))):
-            if getattr(config, name) not in wanted:
-                raise ConfigError(f"{name} is {getattr(config, name)}: savings takes {' or '.join(wanted)}")
-        told = conditions(to_dict(config))
-        print(describe(told), flush=True)
-        report = measure_all(Step(config), args.turns, args.steps, args.warmup, told)
-    except ConfigError as error:
-        parser.exit(2, f"error: {error}\n")
-    write(report, args)
+    add_files(parser)
+    settings = keys_of(StepConfig(), "model.frames=4")
+    write(*run(parser, arguments, settings, _report, {"turns": 1, "steps": 1, "warmup": 0}))
+
+
+def _report(args: argparse.Namespace) -> Report:
+    config = parse(StepConfig, None, args.overrides)
+    for name, wanted in (("dtype", ("bf16", "fp32")), ("adamw", ("fused",))):
+        if getattr(config, name) not in wanted:
+            raise ConfigError(f"{name} is {getattr(config, name)}: savings takes {' or '.join(wanted)}")
+    told = announce(to_dict(config))
+    return measure_all(Step(config), args.turns, args.steps, args.warmup, told)
 
 
 def measure_all(step: Step, turns: int, steps: int, warmup: int, told: dict[str, Any]) -> Report:

@@ -32,10 +32,11 @@ from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.text import Tokenizer
 from tools.planning.measured import step_flops_of, work_of_run
-from tools.profiling.clips import ClipStyle, caption, render_corpus
-from tools.profiling.machine import conditions, describe
-from tools.profiling.output import Bar, Report, add_arguments, check_arguments, plain, table, write
+from tools.profiling.command import new_parser, run
+from tools.profiling.corpora import ClipStyle, caption, render_corpus
+from tools.profiling.machine import announce
 from tools.profiling.ranks import run_ranks
+from tools.profiling.report import Bar, Report, add_files, plain, table, write
 from tools.profiling.step import BERT_VOCABULARY
 from tools.profiling.turns import Spread
 
@@ -44,26 +45,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def main(arguments: Sequence[str], program: str) -> None:
     """The subcommand ``train``, with what follows it on the command line."""
-    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(program, __doc__)
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="that are timed")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="on a CPU: autocast or not")
     parser.add_argument("--data", action="append", default=[], metavar="FOLDER", help="indexed shards; may be repeated")
     parser.add_argument("--clips", type=int, default=32, metavar="N", help="that are rendered without --data")
-    add_arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of smaug_ds.pretrain (as model.frames=4)")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        check_arguments(args)
-        for name, least in (("ranks", 1), ("steps", 1), ("warmup", 0), ("clips", 1)):
-            if getattr(args, name) < least:
-                raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least {least}")
-        with tempfile.TemporaryDirectory(prefix="profile.") as scratch:
-            report = train(args, Path(scratch))
-    except ConfigError as error:
-        parser.exit(2, f"error: {error}\n")
-    write(report, args)
+    add_files(parser)
+    settings = "of smaug_ds.pretrain (as model.frames=4)"
+    write(*run(parser, arguments, settings, _report, {"ranks": 1, "steps": 1, "warmup": 0, "clips": 1}))
+
+
+def _report(args: argparse.Namespace) -> Report:
+    with tempfile.TemporaryDirectory(prefix="profile.") as scratch:
+        return train(args, Path(scratch))
 
 
 def train(args: argparse.Namespace, scratch: Path) -> Report:
@@ -71,14 +67,13 @@ def train(args: argparse.Namespace, scratch: Path) -> Report:
     settings = _settings(args, scratch)
     config = parse(PretrainConfig, None, settings)
     config.batch.accumulation(args.ranks)
-    told = conditions({**to_dict(config), "ranks": args.ranks})
-    print(describe(told), flush=True)
+    told = announce({**to_dict(config), "ranks": args.ranks})
     tokens = None if args.data else _render(scratch, args.clips)
     run_ranks(args.ranks, settings, args.warmup + args.steps)
     lines = [json.loads(line) for line in (scratch / "run" / "metrics.jsonl").read_text().splitlines()]
     measured = record(config, lines[args.warmup :], args.ranks, _dtype(config), tokens)
     print(tell(measured))
-    return _report(measured, told)
+    return _chart(measured, told)
 
 
 def _settings(args: argparse.Namespace, scratch: Path) -> list[str]:
@@ -220,7 +215,7 @@ def tell(measured: dict[str, Any]) -> str:
     )
 
 
-def _report(measured: dict[str, Any], told: dict[str, Any]) -> Report:
+def _chart(measured: dict[str, Any], told: dict[str, Any]) -> Report:
     total = measured["seconds_per_step"]["median"]
     bars = [Bar(name, value, f"{value:.3f} s, {value / total:.1%}") for name, value in measured["phases"].items()]
     title = f"train, {measured['size']}, {measured['world_size']} ranks"

@@ -1,10 +1,11 @@
-"""Our loader against what video-language code commonly trains from: ``loader --against decord``.
+"""Speeds of whole loaders: ours as training uses it, its workers alone, and what video-language code commonly trains
+from; and the memory of ours over a long time.
 
-The other side is a plain ``torch.utils.data.DataLoader`` that reads clips as Singularity does (its
-``dataset/video_utils.py`` and ``dataset/__init__.py``): decord opens the file on one thread and gives a random frame of
-each segment; torchvision crops, resizes and flips in the worker. Both sides do the same work: clips out of the same
-tars in the same order, frames of one size in uint8 (Singularity sends normalised floats, four times the bytes),
-captions tokenised and masked.
+``loader --against decord`` takes turns with a plain ``torch.utils.data.DataLoader`` that reads clips as Singularity
+does (its ``dataset/video_utils.py`` and ``dataset/__init__.py``): decord opens the file on one thread and gives a
+random frame of each segment; torchvision crops, resizes and flips in the worker. Both sides do the same work: clips out
+of the same tars in the same order, frames of one size in uint8 (Singularity sends normalised floats, four times the
+bytes), captions tokenised and masked.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import importlib
 import io
 import itertools
 import statistics
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,10 +31,79 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as transforms
 
 from smaug_ds.config import ConfigError
-from tools.profiling.stages import Case, tokens_of
-from tools.profiling.whole import Rate, loader_rate, rate_of, workers_rate
+from smaug_ds.data.loader import TrainLoader
+from smaug_ds.data.pool import Limits, Pool
+from smaug_ds.data.quarantine import Ledger
+from tools.profiling.machine import cpu_seconds, family
+from tools.profiling.stages import SEED, Case, tokens_of
 
+SOAK_MARKS = 10
 _TRIMMED = frozenset({"h264"})  # codecs of the side that leaves decoding to NVDEC
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast batches come."""
+
+    samples_per_second: float
+    cpu_ms: float  # of this process and all that it started, for one sample
+
+
+def rate_of(batches: Iterator[Any], case: Case, seconds: float) -> Rate:
+    """Takes batches for so long, after those that may have been made ahead."""
+    for _ in range(2 * max(1, case.data.workers) * case.data.prefetch):
+        next(batches)
+    began, cpu = time.perf_counter(), cpu_seconds()
+    taken, elapsed = 0, 0.0
+    while elapsed < seconds:
+        next(batches)
+        taken += case.batch
+        elapsed = time.perf_counter() - began
+    return Rate(taken / elapsed, 1e3 * (cpu_seconds() - cpu) / taken)
+
+
+def make_loader(case: Case, scratch: Path) -> TrainLoader:
+    ledger = Ledger(scratch / "quarantine", rank=0)
+    return TrainLoader(
+        case.corpus, case.order, case.tokenizer, case.data, case.shape, SEED, case.batch, 1, case.device, ledger
+    )
+
+
+def loader_rate(case: Case, seconds: float, scratch: Path) -> Rate:
+    """Of ``TrainLoader``."""
+    with make_loader(case, scratch) as loader:
+        return rate_of(iter(loader), case, seconds)
+
+
+def workers_rate(case: Case, seconds: float, codecs: frozenset[str]) -> Rate:
+    """Of the workers alone, nothing done with what they send; clips of ``codecs`` leave them trimmed, not decoded."""
+    config = case.data
+    limits = Limits(config.sample_seconds)
+    pool = Pool(
+        case.reader(codecs), itertools.count(), max(1, config.workers), config.prefetch, limits, threading.Event()
+    )
+    with closing(pool):
+        return rate_of(iter(pool), case, seconds)
+
+
+def soak(cases: Sequence[Case], samples: int, scratch: Path) -> list[dict[str, Any]]:
+    """Takes ``samples`` of each case; prints memory and open files of the processes at ``SOAK_MARKS`` marks."""
+    figures = []
+    for case in cases:
+        print(f"\n{case}\n  {'samples':>8}  process number: resident MB, open files; this process first")
+        marks = iter([samples * mark // SOAK_MARKS for mark in range(1, SOAK_MARKS + 1)])
+        mark = next(marks)
+        with make_loader(case, scratch) as loader:
+            for number, _ in enumerate(loader, start=1):
+                if number * case.batch < mark:
+                    continue
+                processes = {pid: asdict(used) for pid, used in family().items()}
+                shown = [f"{pid}: {u['resident_mb']:.0f}, {u['descriptors']}" for pid, u in processes.items()]
+                print(f"  {number * case.batch:8}  {'   '.join(shown)}", flush=True)
+                figures.append({"case": str(case), "samples": number * case.batch, "processes": processes})
+                if (mark := next(marks, 0)) == 0:
+                    break
+    return figures
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What all measurements of whole steps share: their record, JSON, the chart as PNG, TensorBoard."""
+"""What measurements of whole steps write: a table, JSON, the chart as PNG, TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 
-from smaug_ds.config import ConfigError
 from smaug_ds.engine.pictures import BACKGROUND, FAINT, GREEN, INK, LINE, MARGIN, WIDTH
+from tools.profiling.command import write_json
 
 _NAMES, _FIGURES = 380, 250  # pixels for a bar's name and for the text after it
 _THIN, _MARK = 2, (207, 34, 46)
@@ -45,26 +45,17 @@ class Report:
     further: dict[str, Any] = field(default_factory=dict)  # more keys of the JSON
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--json``, ``--png`` and ``--tensorboard``."""
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """``--json``, ``--png`` and ``--tensorboard``: what ``write`` writes."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, hardware, versions, config, command")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the chart")
     parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write figures and chart for TensorBoard")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises ConfigError for a file that could not be written, before anything is measured."""
-    for name in ("json", "png", "trace"):
-        path = getattr(args, name, None)
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
-
-
 def write(report: Report, args: argparse.Namespace) -> None:
     """Writes what the command line asks for."""
     if args.json:
-        content = {"conditions": report.conditions, "measured": report.measured, **report.further}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, {"conditions": report.conditions, "measured": report.measured, **report.further})
     if args.png:
         draw(report).save(args.png)
     if args.tensorboard:
