@@ -49,9 +49,9 @@ from smaug_ds.planner.failures import (
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.planner.memory import Precision, checkpoint_bytes
 from smaug_ds.planner.prediction import Work, predict
-from tools.plan_corpus import RECIPES, ROOT, find_recipes, paper_recipe, with_vocabulary
-from tools.plan_measured import read_measured
 from tools.plan_run import PlanConfig, has_corpus
+from tools.planning.corpus import RECIPES, ROOT, find_recipes, paper_recipe, with_vocabulary
+from tools.planning.measured import read_measured
 
 DAY, MINUTE = 86400.0, 60.0
 # A node of eight GPUs fails about once in 150 days: 6.5 failures in 1000 node-days (Kokolis et al. 2024, "Revisiting

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from smaug_ds.data.index import Corpus
+    from smaug_ds.text import Tokenizer
+    from tests.forked import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +54,22 @@ def toy_shards(toy_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.fixture(scope="module")
+def tokenizer(toy_media: Path) -> Tokenizer:
+    """Of the small corpus."""
+    from smaug_ds.text import Tokenizer
+
+    return Tokenizer(toy_media / "vocab.txt")
+
+
+@pytest.fixture(scope="module")
+def corpus(toy_shards: Path) -> Corpus:
+    """All training samples of the small corpus."""
+    from smaug_ds.data.index import Corpus
+
+    return Corpus.open([toy_shards / "train"], holdout=0.0, split="train")
+
+
 @pytest.fixture(scope="session")
 def whole_run(toy_shards: Path, toy_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an uninterrupted run of two ranks on this host, which broken ones are compared with."""
@@ -55,3 +78,12 @@ def whole_run(toy_shards: Path, toy_media: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("whole_run") / "run"
     finish(launch_local(folder, arguments(toy_shards, toy_media, folder), PREFLIGHT="0"), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Starts ranks of real runs in a moment."""
+    from tests.forked import Forks
+
+    with Forks() as forks:
+        yield forks

@@ -56,6 +56,16 @@ class Forks:
         self._pids += pids
         return pids
 
+    def run(
+        self, ranks: int, arguments: Sequence[str], log: Path, code: int = 0, seconds: float = PATIENCE, **more: Any
+    ) -> None:
+        """``start``, and each rank ends by itself with ``code``."""
+        self.end(self.start(ranks, arguments, log, **more), log, code, seconds)
+
+    def end(self, pids: Sequence[int], log: Path, code: int = 0, seconds: float = PATIENCE) -> None:
+        """Each of these ranks ends by itself with ``code``."""
+        assert [self.wait(pid, seconds) for pid in pids] == [code] * len(pids), log.read_text()
+
     def wait(self, pid: int, seconds: float = PATIENCE) -> int:
         """Exit code of a rank that ends by itself or was killed; -N for signal N. One that does not end in time is
         killed, which its exit code shows."""

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from smaug_ds.engine import checkpoint
 from tests.ranks import free_port
 from tests.standin import CPU_JSON, ROOT
+
+TIMINGS = ("seconds_per_step", "samples_per_second")
 
 
 def settings(shards: Path, media: Path, folder: Path) -> list[str]:
@@ -42,3 +50,27 @@ def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return output
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what the clock had a hand in."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMINGS)} for line in lines]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Every figure that was logged, and every weight at the end, bit for bit."""
+    assert figures(one) == figures(other)
+    weights = checkpoint.load_weights(other)
+    assert all(torch.equal(value, weights[name]) for name, value in checkpoint.load_weights(one).items())
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """What a run does to the handlers of this process is undone."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

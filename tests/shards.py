@@ -12,6 +12,11 @@ import av
 import numpy as np
 from PIL import Image
 
+from smaug_ds.data.index import ShardIndex
+from smaug_ds.data.indexing import build_index
+from smaug_ds.data.sample import Sample
+from smaug_ds.data.shard import Entry
+
 
 def make_image(shade: int, suffix: str = "jpg", size: tuple[int, int] = (24, 16)) -> bytes:
     """A picture of one shade of gray (0 to 255); ``size`` is width, height."""
@@ -52,3 +57,28 @@ def crawled(key: str, media: bytes, suffix: str, caption: str, **fields: object)
         (f"{key}.{suffix}", media),
         (f"{key}.txt", caption.encode()),
     ]
+
+
+def read_all(index: ShardIndex) -> list[Sample]:
+    """Every sample, in the order of the index."""
+    return [index.read_sample(index.entry(row)) for row in range(len(index))]
+
+
+def captioned(folder: Path, shards: int, per_shard: int, tag: str = "") -> Path:
+    """Shards of images of which every third has a media id of its own, the others one for two."""
+    for shard in range(shards):
+        members = []
+        for number in range(shard * per_shard, (shard + 1) * per_shard):
+            media_id = f"{tag}{number if number % 3 == 0 else -(number // 2)}"
+            key = f"{number:05d}"
+            members += crawled(key, make_image(number % 256), "jpg", f"caption {key}", media_id=media_id)
+        write_tar(folder / f"{shard:05d}.tar", members)
+    build_index(folder)
+    return folder
+
+
+def overwrite(entry: Entry, media: bytes) -> None:
+    """Puts other bytes where the media of an indexed sample are."""
+    with open(entry.shard, "r+b") as shard:
+        shard.seek(entry.media_offset)
+        shard.write(media)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from smaug_ds.engine.preempt import EXIT_CODE
-from tests.cluster.runs import PATIENCE, arguments, await_step, end, figures, finish, launch_local, rank_process
+from tests.cluster.runs import PATIENCE, arguments, await_step, end, finish, launch_local, rank_process
+from tests.launching import figures
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

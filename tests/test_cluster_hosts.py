@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts
-from tests.cluster.runs import PATIENCE, STEPS, arguments, await_step, figures, finish, logs
+from tests.cluster.runs import PATIENCE, STEPS, arguments, await_step, finish, logs
+from tests.launching import figures
 from tests.standin import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

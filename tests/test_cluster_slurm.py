@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts
-from tests.cluster.runs import PATIENCE, arguments, await_step, figures, logs
-from tests.launching import settings
+from tests.cluster.runs import PATIENCE, arguments, await_step, logs
+from tests.launching import figures, settings
 from tests.standin import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -13,21 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from smaug_ds.engine import checkpoint
-from tests.cluster.runs import figures
 from tests.forked import PATIENCE, Forks
-from tests.launching import settings
+from tests.launching import assert_equal_runs, figures, settings
 
 STEPS, RANKS = 24, 2
 PROMISED = 60.0  # seconds until a run that cannot go on has ended, start included; run.timeout_seconds of these runs
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
 
 
 def arguments(shards: Path, media: Path, folder: Path, *more: str) -> list[str]:
@@ -39,8 +31,7 @@ def arguments(shards: Path, media: Path, folder: Path, *more: str) -> list[str]:
 def whole(forks: Forks, toy_shards: Path, toy_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("faults") / "whole"
-    ranks = forks.start(RANKS, arguments(toy_shards, toy_media, folder), folder.with_suffix(".log"))
-    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, folder.with_suffix(".log").read_text()
+    forks.run(RANKS, arguments(toy_shards, toy_media, folder), folder.with_suffix(".log"))
     return folder
 
 
@@ -74,12 +65,6 @@ def errors(log: Path) -> list[str]:
     return [line for line in log.read_text().splitlines() if line.startswith("error: ")]
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert figures(one) == figures(other)
-    weights = checkpoint.load_weights(other)
-    assert all(torch.equal(value, weights[name]) for name, value in checkpoint.load_weights(one).items())
-
-
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_disk_that_is_full_for_a_while_costs_no_step(
@@ -104,7 +89,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(
     latest = checkpoint.open_latest(folder / "checkpoints", print)
     assert latest and latest[0].name in before
     ballast.unlink()
-    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+    forks.end(ranks, log)
     assert not list((folder / "checkpoints").glob(".writing-step_*"))
     assert_equal_runs(whole, folder)
     saved = [json.loads(line)["step"] for line in (folder / "checkpoints.jsonl").read_text().splitlines()]
@@ -119,8 +104,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_or_not(
     for way, steps in (("continue", STEPS), ("stop", 2)):
         folder, log = tmp_path / way, tmp_path / f"{way}.log"
         own = arguments(toy_shards, toy_media, folder, f"run.on_full_disk={way}")
-        ranks = forks.start(RANKS, own, log, file_bytes=500_000)
-        assert [forks.wait(pid, PROMISED) for pid in ranks] == [2] * RANKS, log.read_text()
+        forks.run(RANKS, own, log, 2, PROMISED, file_bytes=500_000)
         assert len(errors(log)) == 1
         wanted = r"the checkpoint of step 2 was not written: File too large \(\d\.\d MB needed, [\d.]+ MB free"
         assert re.search(wanted, log.read_text()), log.read_text()
@@ -130,8 +114,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_or_not(
         if way == "continue":
             assert "the last checkpoint is none: make room and start it again" in errors(log)[0]
             assert log.read_text().count("Training goes on, the next save tries again") == STEPS // 2
-            ranks = forks.start(RANKS, own, log)
-            assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+            forks.run(RANKS, own, log)
             assert_equal_runs(whole, folder)
 
 
@@ -145,8 +128,7 @@ def test_a_run_folder_that_takes_nothing_is_named_at_the_start(
     else:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     log = tmp_path / "log"
-    ranks = forks.start(RANKS, arguments(toy_shards, toy_media, disk / "run"), log)
-    assert [forks.wait(pid, PROMISED) for pid in ranks] == [2] * RANKS, log.read_text()
+    forks.run(RANKS, arguments(toy_shards, toy_media, disk / "run"), log, 2, PROMISED)
     told = {
         "full": r"cannot be written: No space left on device \(0\.0 MB free\)",
         "read-only": "Read-only file system",
@@ -177,7 +159,7 @@ def test_a_rank_that_is_slow_for_a_while_costs_time_alone(
         time.sleep(1)
         os.kill(ranks[1], signal.SIGCONT)
         time.sleep(0.3)
-    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+    forks.end(ranks, log)
     assert_equal_runs(whole, folder)
 
 
@@ -188,8 +170,7 @@ def test_a_finished_run_says_so_and_its_best_checkpoint_is_there(
     folder, log = tmp_path / "run", tmp_path / "log"
     more = ("run.max_steps=7", "run.evaluate_every=3", "run.keep_best=t2v_r5", "run.keep_checkpoints=1")
     own = [*arguments(toy_shards, toy_media, folder, *more), f"data.test=[{toy_shards / 'test'}]"]
-    ranks = forks.start(RANKS, own, log)
-    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+    forks.run(RANKS, own, log)
     best = json.loads((folder / "checkpoints" / "best.json").read_text())
     assert best["metric"] == "t2v_r5" and best["step"] in (3, 6, 7)
     state = checkpoint.read_state(folder / "checkpoints" / best["checkpoint"])
@@ -199,11 +180,8 @@ def test_a_finished_run_says_so_and_its_best_checkpoint_is_there(
     costs = [json.loads(line) for line in (folder / "checkpoints.jsonl").read_text().splitlines()]
     assert [cost["step"] for cost in costs][-1] == 7 and {2, 4, 6} < {cost["step"] for cost in costs}
     assert all(0 < cost["blocking_seconds"] <= cost["total_seconds"] and cost["bytes"] > 1e6 for cost in costs)
-    ranks = forks.start(RANKS, own, log)
-    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+    forks.run(RANKS, own, log)
     assert f"{folder} is finished, all 7 steps: to go on raise run.max_steps or optim.epochs" in log.read_text()
-    ranks = forks.start(RANKS, [*own, "run.max_steps=5"], log)  # fewer than it has
-    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
-    ranks = forks.start(RANKS, [*own, "run.keep_best=t2v_R5"], log)
-    assert [forks.wait(pid) for pid in ranks] == [2] * RANKS, log.read_text()
+    forks.run(RANKS, [*own, "run.max_steps=5"], log)  # fewer than it has
+    forks.run(RANKS, [*own, "run.keep_best=t2v_R5"], log, 2)
     assert "run.keep_best is t2v_R5: the evaluation yields t2v_r1" in log.read_text()

@@ -21,7 +21,7 @@ from smaug_ds.exchange.export import export
 from smaug_ds.model.positions import fit_positions
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.text import Tokenizer
-from tests.launching import finish, launch, settings
+from tests.launching import assert_equal_runs, finish, launch, settings, signals_kept
 from tests.models import small_config, small_model
 from tests.standin import CPU_JSON, ROOT
 
@@ -132,13 +132,9 @@ def test_mistakes_are_one_line(
     start: Path, toy_shards: Path, toy_media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     task: str, changed: list[str], message: str,
 ) -> None:  # fmt: skip
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        given = arguments(start, toy_shards, toy_media, tmp_path / "run", task)
+    given = arguments(start, toy_shards, toy_media, tmp_path / "run", task)
+    with signals_kept():
         assert finetune.main([*given, *changed]) == 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
 
@@ -164,13 +160,6 @@ def test_a_file_of_the_wrong_kind_and_a_missing_video_are_named(
 # ---- real runs
 
 
-def lines_of(folder: Path) -> list[dict]:
-    """metrics.jsonl without what the clock decides."""
-    timed = ("seconds_per_step", "samples_per_second")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["retrieval", "question_answering"])
 def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(
@@ -188,9 +177,7 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(
     assert pointer.read_text().strip() != "step_6", "killed before its end"
     output = finish(launch(arguments(start, toy_shards, toy_media, killed, task), module="smaug_ds.finetune"))
     assert "resumed from" in output
-    assert lines_of(killed) == lines_of(whole)
-    one, other = checkpoint.load_weights(whole), checkpoint.load_weights(killed)
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert_equal_runs(whole, killed)
 
 
 @pytest.mark.slow

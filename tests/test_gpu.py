@@ -83,11 +83,6 @@ def decoder() -> Decoder:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(toy_media: Path) -> Tokenizer:
-    return Tokenizer(toy_media / "vocab.txt")
-
-
-@pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Three shards of clips of all codecs in sizes with and without cropping, each with one that is too small for
     NVDEC, and of pictures."""

@@ -11,30 +11,23 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.preempt import EXIT_CODE
-from tests.cluster.runs import end, figures, launch_local, logs
+from tests.cluster.runs import end, launch_local, logs
 from tests.cluster.runs import finish as finish_script
 from tests.forked import PATIENCE, Forks
-from tests.launching import settings
+from tests.launching import assert_equal_runs, figures, settings
 
 KILLS = int(os.environ.get("SMAUG_KILLS", "20"))  # of one rank, and of all
 LAUNCHER_KILLS = int(os.environ.get("SMAUG_LAUNCHER_KILLS", "3"))
 STEPS, SAVE_EVERY, RANKS = 60, 2, 2
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
 
 
 def arguments(shards: Path, media: Path, folder: Path) -> list[str]:
@@ -46,8 +39,7 @@ def arguments(shards: Path, media: Path, folder: Path) -> list[str]:
 def whole(forks: Forks, toy_shards: Path, toy_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("kills") / "whole"
-    ranks = forks.start(RANKS, arguments(toy_shards, toy_media, folder), folder.with_suffix(".log"))
-    assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, folder.with_suffix(".log").read_text()
+    forks.run(RANKS, arguments(toy_shards, toy_media, folder), folder.with_suffix(".log"))
     return folder
 
 
@@ -103,7 +95,7 @@ def test_whatever_is_killed_goes_on_bit_for_bit(
                         await_one(ranks[0], writing)
                     time.sleep(draw.uniform(0, 0.1))
             if finished := kills == KILLS or all(map(ended, ranks)):
-                assert [forks.wait(pid) for pid in ranks] == [0] * RANKS, log.read_text()
+                forks.end(ranks, log)
             else:
                 kills += 1
                 forks.kill(*[draw.choice(ranks)] if victims == "one rank" else ranks)
@@ -118,9 +110,7 @@ def test_whatever_is_killed_goes_on_bit_for_bit(
                 assert f"resumed from {before[0]}\n" in told, told
             lines = figures(folder) if (folder / "metrics.jsonl").exists() else []
             assert lines == expected[: len(lines)]
-        assert figures(folder) == expected
-        one, other = checkpoint.load_weights(whole), checkpoint.load_weights(folder)
-        assert all(torch.equal(value, other[name]) for name, value in one.items())
+        assert_equal_runs(whole, folder)
     print(f"{kills} kills of {victims}: {saving} while saving, {starting} while starting, {runs} runs")
     assert saving >= KILLS // 5
 

@@ -18,7 +18,7 @@ from smaug_ds.model.smaug import ModelConfig
 from smaug_ds.planner.flops import Captions, Step, step_flops, vision_flops
 from smaug_ds.planner.memory import FLOAT, Precision, activations, transient
 from tests.models import VOCABULARY, random_batch, small_config, small_model
-from tools.profile_model import ProfileConfig, count_flops
+from tools.profiling.model import ProfileConfig, count_flops
 
 FP32 = Precision.of({})
 aten = torch.ops.aten

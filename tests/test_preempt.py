@@ -1,8 +1,10 @@
-"""Who may tell a rank to stop besides a signal: a file, and the clock."""
+"""Who may tell a rank to stop: a signal, a file, and the clock."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +12,18 @@ import pytest
 
 from smaug_ds.config import ConfigError
 from smaug_ds.engine.preempt import StopRequest, stop_time
+from tests.launching import signals_kept
+
+
+def test_signals_set_the_flag_and_a_second_interrupt_ends_at_once() -> None:
+    with signals_kept():
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            stop = StopRequest().install()
+            assert not stop.requested
+            os.kill(os.getpid(), number)
+            assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_file_tells_to_stop_once(tmp_path: Path) -> None:

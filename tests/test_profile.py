@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from smaug_ds.config import ConfigError
-from tools.profile_bottleneck import Demand, advise, demand_of_run, share_waiting, workers_for
-from tools.profile_decord import compare
-from tools.profile_machine import family, use
-from tools.profile_stages import NvdecRate, Stage
+from tools.profiling.loader import Demand, advise, demand_of_run, share_waiting, workers_for
+from tools.profiling.machine import family, use
+from tools.profiling.rates import compare
+from tools.profiling.stages import NvdecRate, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["clips=8", "clip_seconds=1", "batch=4", "image_size=32", "repeats=1", "seconds=0.2", "data.workers=1"]

@@ -23,13 +23,15 @@ from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.model.smaug import SmaugModel
 from smaug_ds.text import IGNORED, Tokenizer
 from tests.models import VOCABULARY, small_config
-from tools import profile_ablation, profile_compare, profile_model, profile_step
-from tools.profile_ablation import ROWS, TABLES, Row, forward_flops
-from tools.profile_captions import MSRVTT, draw_lengths
-from tools.profile_model import ProfileConfig, count_flops
-from tools.profile_output import Bar, Report, draw, table
-from tools.profile_step import Step, StepConfig, random_batch
-from tools.profile_turns import External, Spread, Timing, _load, _serve, executed_flops
+from tools.profiling import ablation, compare
+from tools.profiling import step as profiling_step
+from tools.profiling.ablation import ROWS, TABLES, Row, forward_flops
+from tools.profiling.captions import MSRVTT, draw_lengths
+from tools.profiling.model import ProfileConfig, count_flops, largest
+from tools.profiling.model import main as profile
+from tools.profiling.report import Bar, Report, draw, table
+from tools.profiling.step import Step, StepConfig, random_batch
+from tools.profiling.turns import External, Spread, Timing, _load, _serve, executed_flops
 
 CONTRACT = {  # what tools/plan_run.py reads
     *("what", "size", "frames", "frames_kept", "batch", "dtype", "device", "world_size", "caption_tokens_mean"),
@@ -157,7 +159,7 @@ def test_the_engine_takes_the_same_first_step(monkeypatch: pytest.MonkeyPatch) -
 def test_a_compiled_step_has_the_same_loss_and_its_arithmetic_is_counted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(profile_step, "compile_static", functools.partial(compile_static, backend="aot_eager"))
+    monkeypatch.setattr(profiling_step, "compile_static", functools.partial(compile_static, backend="aot_eager"))
     plain, compiled = Step(small(dtype="fp32")), Step(small(dtype="fp32", compile=True))
     for _ in range(2):
         assert float(compiled()) == pytest.approx(float(plain()), abs=1e-4)
@@ -228,7 +230,7 @@ def test_ablation_rows_save_arithmetic() -> None:
 
 def test_base_size_saves_at_least_what_the_paper_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    profile_ablation.main(["--tables", "parts", "--steps", "0", "--json", str(out)], "ablation")
+    ablation.main(["--tables", "parts", "--steps", "0", "--json", str(out)], "ablation")
     two = json.loads(out.read_text())["counted"][-1]
     assert (two["frames"], two["frames_kept"]) == (4, 2)
     assert two["dense_forward_flops"] / two["forward_flops"] >= two["paper"]
@@ -256,10 +258,10 @@ def test_spread_and_phases() -> None:
 @pytest.mark.parametrize("start", [1, 3, 8, 64, 1000])
 @pytest.mark.parametrize("limit", [1, 2, 7, 8, 63, 100, 1500])
 def test_largest_batch_is_found_from_either_side(start: int, limit: int) -> None:
-    found = profile_model.largest(lambda batch: batch <= limit, start)
+    found = largest(lambda batch: batch <= limit, start)
     assert found <= limit < found + max(1, found // 16) + 1
     with pytest.raises(ConfigError, match="not even 1 fits"):
-        profile_model.largest(lambda batch: False, start)
+        largest(lambda batch: False, start)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_compare_takes_turns_in_processes_of_their_own(tmp_path: Path, capsys: p
     peer, out = tmp_path / "peer.py", tmp_path / "figures.json"
     peer.write_text(PEER)
     files = ["--json", str(out), "--png", str(tmp_path / "chart.png"), "--tensorboard", str(tmp_path / "board")]
-    profile_compare.main(["--peer", str(peer), "--turns", "2", "--steps", "1", *files, *TINY], "compare")
+    compare.main(["--peer", str(peer), "--turns", "2", "--steps", "1", *files, *TINY], "compare")
     told = json.loads(out.read_text())
     ours, theirs = told["measured"]
     assert set(ours) >= CONTRACT
@@ -331,7 +333,7 @@ def test_compare_takes_turns_in_processes_of_their_own(tmp_path: Path, capsys: p
 def test_model_steps_and_what_goes_wrong_in_their_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, trace = tmp_path / "figures.json", tmp_path / "trace.json"
     arguments = ["--size", "tiny", "--steps", "2", "--warmup", "0", *TINY[1:]]
-    profile_model.main([*arguments, "--json", str(out), "--trace", str(trace)], "model")
+    profile([*arguments, "--json", str(out), "--trace", str(trace)], "model")
     told = json.loads(out.read_text())
     (measured,) = told["measured"]
     assert set(measured) >= CONTRACT
@@ -340,17 +342,15 @@ def test_model_steps_and_what_goes_wrong_in_their_process(tmp_path: Path, capsys
     assert any("addmm" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
     capsys.readouterr()
     with pytest.raises(SystemExit, match=r"^2$"):
-        profile_model.main([*arguments, "captions=nowhere.txt", "tokenizer=nowhere"], "model")
+        profile([*arguments, "captions=nowhere.txt", "tokenizer=nowhere"], "model")
     assert capsys.readouterr().err.startswith("error: model: tokenizer: nowhere: no tokenizer there")
 
 
 @pytest.mark.slow
 def test_ablation_holds_rows_against_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_ablation, "ROWS", [ROWS[3]])
+    monkeypatch.setattr(ablation, "ROWS", [ROWS[3]])
     out = tmp_path / "figures.json"
-    profile_ablation.main(
-        ["--tables", "masking", "--turns", "1", "--warmup", "0", "--json", str(out), *TINY], "ablation"
-    )
+    ablation.main(["--tables", "masking", "--turns", "1", "--warmup", "0", "--json", str(out), *TINY], "ablation")
     (row,) = json.loads(out.read_text())["rows"]
     assert row["ratio"]["median"] > 0
     assert row["flops_ratio"] > 1.3
@@ -362,7 +362,7 @@ def test_ablation_holds_rows_against_dense(tmp_path: Path, monkeypatch: pytest.M
 def test_steps_on_a_gpu(tmp_path: Path, dtype: str) -> None:
     out = tmp_path / "figures.json"
     arguments = ["--size", "tiny", "--steps", "2", "--json", str(out), "--trace", str(tmp_path / "trace.json")]
-    profile_model.main([*arguments, f"dtype={dtype}", "batch=4", "model.frames=4", "model.frames_kept=2"], "model")
+    profile([*arguments, f"dtype={dtype}", "batch=4", "model.frames=4", "model.frames_kept=2"], "model")
     (measured,) = json.loads(out.read_text())["measured"]
     assert measured["device"] == torch.cuda.get_device_name()
     assert all(measured["phases"][name] > 0 for name in ("forward", "backward", "step"))

@@ -18,11 +18,11 @@ from smaug_ds.planner.calibration import rows, speed
 from smaug_ds.planner.cluster import ClusterConfig, Machine
 from smaug_ds.planner.memory import Precision
 from tests.test_profile_step import CONTRACT
-from tools import profile_train
-from tools.profile_ranks import watched_communication
-from tools.profile_step import Step, StepConfig
-from tools.profile_train import record
-from tools.profile_turns import executed_flops
+from tools.profiling import train
+from tools.profiling.ranks import watched_communication
+from tools.profiling.step import Step, StepConfig
+from tools.profiling.train import record
+from tools.profiling.turns import executed_flops
 
 
 def test_record_of_a_run_takes_the_ranks_agreement_out_of_the_wait_for_data() -> None:
@@ -38,7 +38,7 @@ def test_record_of_a_run_takes_the_ranks_agreement_out_of_the_wait_for_data() ->
         {"data": 0.1, "forward": 0.4, "backward": 0.5, "step": 0.2, "communication": 0.7}
     )
     assert measured["share_waiting_for_data"] == pytest.approx(0.05)
-    assert "waits for data 5.0% of a step" in profile_train.tell(measured)
+    assert "waits for data 5.0% of a step" in train.tell(measured)
 
 
 @pytest.mark.parametrize("frames", [(1, 1), (4, 2)])
@@ -91,7 +91,7 @@ def test_communication_is_timed_once_and_left_as_it_was(monkeypatch: pytest.Monk
 def test_train_runs_two_ranks_from_rendered_shards(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
     arguments = ["--ranks", "2", "--steps", "2", "--warmup", "1", "--clips", "4", "--json", str(out)]
-    profile_train.main([*arguments, "model.size=tiny", "batch.micro_size=2", "data.workers=0"], "train")
+    train.main([*arguments, "model.size=tiny", "batch.micro_size=2", "data.workers=0"], "train")
     (measured,) = json.loads(out.read_text())["measured"]
     assert (measured["what"], measured["world_size"], measured["steps"]) == ("train", 2, 2)
     assert measured["phases"]["communication"] > 0
@@ -114,6 +114,6 @@ def test_wrong_settings_of_a_run_are_one_line(
     arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
-        profile_train.main(arguments, "train")
+        train.main(arguments, "train")
     told = capsys.readouterr().err
     assert told.startswith(f"error: {expected}") and told.count("\n") == 1

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import time
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -29,28 +28,18 @@ from smaug_ds.data.quarantine import (
     summary,
 )
 from smaug_ds.data.reader import TrainReader
-from smaug_ds.data.sample import Batch, Place
+from smaug_ds.data.sample import Place
 from smaug_ds.text import Tokenizer
+from tests import loading
 from tests.hostile import open_hostile
-from tests.test_loader import CPU, SHAPE, assert_same
+from tests.loading import CPU, SHAPE, assert_same, take
 
 CONFIG = DataConfig(workers=2, shuffle_group=2, sample_seconds=0.5, max_failed_share=1.0)
 ACTS = {"stop": "time", "sleep": "time", "crash": "crash", "fail": "decode"}  # -> stage
 
 
-@pytest.fixture(scope="module")
-def tokenizer(toy_media: Path) -> Tokenizer:
-    return Tokenizer(toy_media / "vocab.txt")
-
-
 def make_loader(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: DataConfig = CONFIG) -> TrainLoader:
-    order = Order(corpus.sizes(), global_batch=8, seed=3, group=2)
-    return TrainLoader(corpus, order, tokenizer, config, SHAPE, 3, 4, 2, CPU, Ledger(folder, 0))
-
-
-def take(loader: TrainLoader, micro_batches: int) -> list[Batch]:
-    with loader:
-        return list(islice(loader, micro_batches))
+    return loading.make_loader(corpus, tokenizer, folder, config)
 
 
 def keys_of(corpus: Corpus) -> list[str]:

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from smaug_ds.data.sample import Batch, BatchShape, Sample
 from smaug_ds.data.shard import Entry
 from smaug_ds.text import Tokenizer
 from tests.clips import CONTAINERS, damaged, moving_clip
-from tests.shards import crawled, write_tar
+from tests.shards import crawled, overwrite, write_tar
 
 CPU = torch.device("cpu")
 SHAPE = BatchShape(frames=3, image_size=32, patches=16, max_text_length=12, mlm_probability=0.15)
@@ -67,11 +66,6 @@ class Watching(Pixels):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(toy_media: Path) -> Tokenizer:
-    return Tokenizer(toy_media / "vocab.txt")
-
-
-@pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Two shards of 20 clips: in each, one that PyAV has to decode and two that nothing decodes."""
     folder = tmp_path_factory.mktemp("refused")
@@ -88,10 +82,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     for number in range(corpus.count("video")):
         entry = corpus.nth("video", number)
         if entry.key.startswith("bad"):
-            media = corpus.read_sample(entry).media
-            with open(entry.shard, "r+b") as tar:
-                tar.seek(entry.media_offset)
-                tar.write(damaged(media))
+            overwrite(entry, damaged(corpus.read_sample(entry).media))
     return corpus
 
 

@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import small_config
-from tools import profile_savings, profile_step, profile_turns
-from tools.profile_savings import SAVINGS, Saving, measure
-from tools.profile_step import Step, StepConfig
-from tools.profile_turns import External, _Timed
+from tools.profiling import savings
+from tools.profiling.savings import SAVINGS, Saving, measure
+from tools.profiling.step import Step, StepConfig
+from tools.profiling.turns import External, _Timed, time_steps
 
 MORE_ARITHMETIC = ("packed captions", "keys and values", "words predicted", "last fusion layer", "last decoder block")
 
@@ -76,9 +76,7 @@ def test_the_attention_of_a_cpu_in_bf16_equals_the_fused_one() -> None:
 def test_both_sides_of_a_turn_take_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     step, taken, timed = Step(small(1, "fp32", batches=3)), [], []
     monkeypatch.setattr(step, "_run", lambda batch: taken.append(id(batch)))
-    monkeypatch.setattr(
-        profile_savings, "time_steps", lambda *args: (timed.append(len(taken)), profile_turns.time_steps(*args))[1]
-    )
+    monkeypatch.setattr(savings, "time_steps", lambda *args: (timed.append(len(taken)), time_steps(*args))[1])
     worth = measure(step, Saving("nothing", lambda step: nullcontext()), 2, 2, 1)
     turns = [taken[start : start + 2] for start in timed]
     first, second, third = map(id, step.batches)
@@ -91,7 +89,7 @@ def test_the_table_tells_every_saving(tmp_path: Path, capsys: pytest.CaptureFixt
     file, chart = tmp_path / "savings.json", tmp_path / "savings.png"
     tiny = ["model.size=tiny", "batch=2", "batches=1", "model.text.vocab_size=60", "model.vision.depth=2"]
     files = ["--json", str(file), "--png", str(chart), "--tensorboard", str(tmp_path / "board")]
-    profile_savings.main(["--turns", "2", *files, *tiny, "model.vision.sparsify_layers=[1]"], "savings")
+    savings.main(["--turns", "2", *files, *tiny, "model.vision.sparsify_layers=[1]"], "savings")
     told, out = json.loads(file.read_text()), capsys.readouterr().out
     assert [row["name"] for row in told["rows"]] == [saving.name for saving in SAVINGS]
     for row in told["rows"]:
@@ -118,15 +116,15 @@ def test_the_table_tells_every_saving(tmp_path: Path, capsys: pytest.CaptureFixt
 )
 def test_wrong_settings_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
-        profile_savings.main(arguments, "savings")
+        savings.main(arguments, "savings")
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
 
 
 def test_both_sides_of_a_comparison_keep_freed_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kept: list[Any] = []
-    for module in (profile_step, profile_turns):
-        monkeypatch.setattr(module, "keep_freed_memory", lambda: kept.append(True))
+    for module in ("step", "turns"):
+        monkeypatch.setattr(f"tools.profiling.{module}.keep_freed_memory", lambda: kept.append(True))
     _Timed(small(1, "fp32"), 0)
     assert len(kept) == 1
     peer = tmp_path / "peer_of_memory.py"

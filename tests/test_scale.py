@@ -21,8 +21,8 @@ from smaug_ds.data.mixture import Mixture, open_mixture
 from smaug_ds.data.quarantine import Ledger
 from smaug_ds.data.sample import BatchShape, Medium
 from smaug_ds.text import Tokenizer, train_vocabulary
-from tools.profile_index import Memory, fill_records, put_first_batch, shuffle_quality
-from tools.profile_synthetic import CAPTION, MANIFEST, SETS, SyntheticSet, set_of, write_corpus
+from tools.profiling.corpora import CAPTION, MANIFEST, SETS, SyntheticSet, set_of, write_corpus
+from tools.profiling.index import Memory, fill_records, put_first_batch, shuffle_quality
 
 SAMPLES, SHARDS = 17_000_000, 2000
 SHAPE = BatchShape(frames=2, image_size=32, patches=4, max_text_length=16, mlm_probability=0.15)

@@ -1,11 +1,9 @@
-"""The pool of workers: order, what it does when they hang or die, and that nothing is left over or grows."""
+"""The pool of workers: order, what it does when they hang or die, and that nothing is left over."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import gc
 import itertools
 import multiprocessing
 import os
@@ -13,105 +11,21 @@ import pickle
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from smaug_ds.data import wire
-from smaug_ds.data.config import DataConfig
-from smaug_ds.data.index import Corpus
-from smaug_ds.data.loader import TrainLoader
-from smaug_ds.data.order import Order
 from smaug_ds.data.pool import Limits, Pool
-from smaug_ds.data.prefetch import Prefetcher
-from smaug_ds.data.quarantine import DataError, Ledger, Spot, Verdict
+from smaug_ds.data.quarantine import DataError, Spot, Verdict
 from smaug_ds.data.reader import Watched
-from smaug_ds.data.sample import BatchShape, Place
+from smaug_ds.data.sample import Place
 from smaug_ds.data.shard import ShardError
-from smaug_ds.text import Tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
-LIMITS = Limits(sample=0.5, between=30, start=60)
-
-
-class Told(Watched):
-    """Item i is what the worker knows by then: verdicts, and samples that PyAV has to decode."""
-
-    def __getitem__(self, index: int) -> Any:
-        time.sleep(0.01)
-        return len(self.verdicts), self.pyav_only
-
-
-class Numbers(Watched):
-    """Item i is made of the three samples 3 i to 3 i + 2: their numbers, tens of kilobytes each; -1 for failed ones.
-
-    ``before`` is called with each number while the worker is at that sample, ``between`` with i before them.
-    """
-
-    def __init__(self, before: Callable[[int], Any] = abs, between: Callable[[int], Any] = abs) -> None:
-        super().__init__()
-        self.before, self.between = before, between
-
-    def __getitem__(self, index: int) -> Any:
-        self.between(index)
-        row, failures = [], []
-        for number in range(3 * index, 3 * index + 3):
-            spot = Spot(number, "video")
-            if verdict := self.verdicts.get(spot):
-                failures.append((number, verdict))
-                row.append(-1)
-                continue
-            with self.at(spot):
-                self.before(number)
-                row.append(number)
-        return torch.tensor(row).repeat_interleave(4000), failures
-
-
-@contextlib.contextmanager
-def pool_of(
-    reader: Watched, indices: Any, workers: int = 2, prefetch: int = 2, limits: Limits = LIMITS
-) -> Iterator[Iterator[Any]]:
-    pool = Pool(reader, indices, workers, prefetch, limits, threading.Event())
-    try:
-        yield iter(pool)
-    finally:
-        pool.close()
-        assert not multiprocessing.active_children()
-
-
-def expected(index: int, missing: int = -2) -> list[int]:
-    return [-1 if number == missing else number for number in range(3 * index, 3 * index + 3)]
-
-
-def rows(items: Iterable[Any]) -> list[list[int]]:
-    return [item[0][::4000].tolist() for item in items]
-
-
-def doze(number: int, seconds: float = 0.01) -> None:
-    time.sleep(seconds * random.random())
-
-
-def at_seven(act: str, marker: str, number: int) -> None:
-    """Does something evil to its process at sample 7; with a marker only the first time."""
-    if number != 7:
-        return
-    if marker:
-        try:
-            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
-    if act == "sleep":
-        time.sleep(1000)
-    os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL, "crash": signal.SIGSEGV}[act])
+from tests.pools import LIMITS, Numbers, Told, at_seven, doze, expected, pool_of, rows
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -285,125 +199,6 @@ def test_close_does_not_wait_for_a_worker_that_hangs() -> None:
     assert time.monotonic() - began < 60
 
 
-FORGETFUL = """
-import itertools, threading
-from smaug_ds.data.prefetch import Prefetcher
-from tests.test_workers import LIMITS, Numbers
-class Pixels: pass
-from smaug_ds.data import prefetch
-prefetch.finish = lambda raw, reader, pixels: (raw, None)
-batches = iter(Prefetcher(Numbers(), itertools.count(), Pixels(), 2, 2, LIMITS))
-next(batches)
-"""
-
-
-def test_program_that_does_not_close_ends_and_leaves_nothing() -> None:
-    command = [sys.executable, "-c", FORGETFUL]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    # Output is complete only when the last process that inherited it is gone.
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def memory_kb(pid: int) -> int:
-    """Private memory of a process; what it shares with the others counts once for all."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
-def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def check_nothing_grows(items: Iterator[Any], warm_up: int, count: int) -> None:
-    figures = []
-    (worker,) = multiprocessing.active_children()
-    for number in range(count):
-        next(items)
-        if number in (warm_up - 1, count - 1):
-            gc.collect()
-            pids = [worker.pid or 0, os.getpid()]
-            figures.append([(memory_kb(pid), descriptors(pid)) for pid in pids])
-    for (memory, files), (later_memory, later_files) in zip(*figures, strict=True):
-        assert later_memory < 1.02 * memory + 12 * 1024
-        assert abs(later_files - files) <= 3  # batches that are under way
-
-
-def test_memory_and_descriptors_do_not_grow() -> None:
-    with pool_of(Numbers(), itertools.count(), workers=1) as items:
-        next(items)
-        check_nothing_grows(items, 300, 3000)
-        (worker,) = multiprocessing.active_children()
-        assert "/dev/shm" not in Path(f"/proc/{worker.pid}/maps").read_text()
-
-
-@pytest.mark.slow
-def test_memory_and_descriptors_do_not_grow_over_twenty_thousand_samples(
-    toy_shards: Path, toy_media: Path, tmp_path: Path
-) -> None:
-    """Real media, read and decoded; the batches of 10 go through the whole loader."""
-    corpus = Corpus.open([toy_shards / "train"], holdout=0.0, split="train")
-    order = Order(corpus.sizes(), global_batch=10, seed=3, group=2)
-    shape = BatchShape(frames=3, image_size=32, patches=16, max_text_length=24, mlm_probability=0.15)
-    tokenizer, ledger = Tokenizer(toy_media / "vocab.txt"), Ledger(tmp_path, 0)
-    config = DataConfig(workers=1)
-    cpu = torch.device("cpu")
-    with TrainLoader(corpus, order, tokenizer, config, shape, 3, 10, 1, cpu, ledger) as loader:
-        batches = iter(loader)
-        next(batches)
-        check_nothing_grows(batches, 200, 2000)
-
-
-def test_wire_carries_views_of_large_arrays_and_copies_of_small_ones() -> None:
-    here, there = wire.pair()
-    with here, there:
-        with pytest.raises(BlockingIOError):
-            wire.receive(there)
-        value: dict[str, Any] = {
-            "large": torch.arange(100_000),
-            "odd": torch.arange(70_001, dtype=torch.uint8),
-            "small": torch.tensor([True, False]),
-            "array": np.ones((300, 300), np.float32),
-            "nothing": torch.empty(0),
-            "words": ["a", "ä"],
-        }
-        gc.collect()
-        before = descriptors(os.getpid())
-        wire.send(here, 7, value, wait=lambda: None)
-        wire.send(here, 8, "next", wait=lambda: None)
-        note, received = wire.receive(there)
-        assert note == 7 and received["words"] == value["words"]
-        for name in ("large", "odd", "small", "nothing"):
-            assert torch.equal(received[name], value[name]) and received[name].dtype == value[name].dtype
-        np.testing.assert_array_equal(received["array"], value["array"])
-        received["large"] += 1  # it is the receiver's own
-        assert received["large"].data_ptr() % 64 == 0
-        assert not received["small"].untyped_storage().nbytes() > 64
-        assert wire.receive(there) == (8, "next")
-        del received
-        gc.collect()
-        assert descriptors(os.getpid()) == before
-        wire.send(there, 9, "never read", wait=lambda: None)
-        wire.send(here, 10, "last", wait=lambda: None)
-        here.close()
-        assert wire.receive(there) == (10, "last")
-        with pytest.raises(EOFError):
-            wire.receive(there)
-
-
-def test_item_is_made_elsewhere_for_a_reader_that_may_not_hang() -> None:
-    """As where a batch is read again in the loader's process: a copy of the reader, knowing more or less."""
-    reader = Numbers(functools.partial(at_seven, "stop", ""))
-    prefetcher = Prefetcher(reader, [], None, 1, 1, LIMITS)  # type: ignore[arg-type]
-    variant = copy.copy(reader)
-    variant.verdicts = dict(reader.verdicts)
-    assert rows([variant.again(2)]) == [expected(2, missing=7)]
-    assert reader.verdicts.keys() == {Spot(7, "video")}
-    prefetcher.close()
-    with pytest.raises(DataError, match="closed"):
-        reader.again(2)
-    assert not multiprocessing.active_children()
-
-
 def test_new_worker_learns_all_that_is_known() -> None:
     """Verdicts by the thousands, as after a long run: no message would hold them."""
     pool = Pool(Told(), itertools.count(), 1, 2, LIMITS, threading.Event())
@@ -426,39 +221,6 @@ def test_workers_learn_what_pyav_has_to_decode() -> None:
         assert next(items)[1] == frozenset()
         reader.pyav_only = frozenset(Place("video", 3, row) for row in range(1000)) | {"a.tar/k"}
         assert [item[1] for item in itertools.islice(items, 30)][-1] == reader.pyav_only
-
-
-def test_iteration_ends_when_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smaug_ds.data.prefetch.finish", lambda raw, reader, pixels: (raw, None))
-    prefetcher = Prefetcher(Numbers(), itertools.count(), None, 0, 2, LIMITS)  # type: ignore[arg-type]
-    items = iter(prefetcher)
-    next(items)
-    prefetcher.close()
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(list(items)), daemon=True)
-    thread.start()
-    thread.join(timeout=30)
-    assert found == [[]]
-
-
-def test_close_gives_up_a_thread_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the storage with ``data.workers=0``, or in the GPU's driver."""
-    monkeypatch.setattr("smaug_ds.data.prefetch._PATIENCE_SECONDS", 0.1)
-    release, began = threading.Event(), threading.Event()
-
-    class Hanging(Numbers):
-        def __getitem__(self, index: int) -> Any:
-            began.set()
-            release.wait()
-
-    prefetcher = Prefetcher(Hanging(), itertools.count(), None, 0, 2, LIMITS)  # type: ignore[arg-type]
-    assert began.wait(timeout=30)
-    closing = threading.Thread(target=prefetcher.close, daemon=True)
-    closing.start()
-    closing.join(timeout=30)
-    ended = not closing.is_alive()
-    release.set()
-    assert ended
 
 
 def test_verdicts_travel_with_the_reader() -> None:

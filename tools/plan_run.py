@@ -31,10 +31,10 @@ from smaug_ds.planner.cluster import ClusterConfig, Machine
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.planner.memory import Precision
 from smaug_ds.planner.prediction import Work, predict, require_fit, scaling
-from tools.plan_corpus import find_recipes, with_vocabulary
-from tools.plan_measured import read_measured
-from tools.plan_report import Plan, as_json, report
-from tools.plan_write import LAUNCHERS, write_script
+from tools.planning.corpus import find_recipes, with_vocabulary
+from tools.planning.measured import read_measured
+from tools.planning.report import Plan, as_json, report
+from tools.planning.script import LAUNCHERS, write_script
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["host"]:
-        from tools.plan_host import main as measure_host  # its processes import this file, too
+        from tools.planning.host import main as measure_host  # its processes import this file, too
 
         return measure_host(arguments[1:], "plan_run.py host")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Imported when asked for: the data workers import this file, too, and need none of the model's libraries.
 SUBCOMMANDS = {
-    "model": "tools.profile_model",
-    "ablation": "tools.profile_ablation",
-    "savings": "tools.profile_savings",
-    "compare": "tools.profile_compare",
-    "train": "tools.profile_train",
-    "loader": "tools.profile_loader",
-    "index": "tools.profile_index",
+    "model": "tools.profiling.model",
+    "ablation": "tools.profiling.ablation",
+    "savings": "tools.profiling.savings",
+    "compare": "tools.profiling.compare",
+    "train": "tools.profiling.train",
+    "loader": "tools.profiling.loader",
+    "index": "tools.profiling.index",
 }
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -70,13 +68,6 @@ def await_step(folder: Path, step: int, alive: Callable[[], bool]) -> None:
         assert alive(), f"ended before step {step}:\n{logs(folder)}"
         assert time.monotonic() < deadline, f"no step {step} after {PATIENCE} s:\n{logs(folder)}"
         time.sleep(0.01)
-
-
-def figures(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what the clock had a hand in."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds_per_step", "samples_per_second")
-    return [{key: value for key, value in line.items() if not key.startswith(timings)} for line in lines]
 
 
 def end(process: subprocess.Popen) -> None:
