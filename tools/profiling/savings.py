@@ -227,7 +227,7 @@ def _memory_given_back(step: Step) -> Iterator[None]:
 
 SAVINGS = (
     Saving("packed captions (padded to the longest; other losses)", _padded),
-    Saving("keys and values of a frame shared by all passes", _keys_values_per_pass),
+    Saving("keys and values of a frame projected once", _keys_values_per_pass),
     Saving("clean and masked captions in one pass", _two_text_passes),
     Saving("words predicted only where hidden (everywhere; other losses)", _all_words),
     Saving("last fusion layer only where its result is read", _whole_last_fusion_layer),
