@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smaug_ds.model.checks import require_heads, require_positive
 from smaug_ds.model.layers import ViTBlock, gather_tokens
+from smaug_ds.model.positions import grid_waves
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class PixelDecoder(nn.Module):
 
     def init_weights(self) -> None:
         nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.normal_(self.position_embedding, std=0.02)
+        with torch.no_grad():
+            self.position_embedding.copy_(grid_waves(*self.position_embedding.shape))
 
     def forward(self, tokens: Tensor, kept_ids: Tensor, visible_ids: Tensor | None, predict_ids: Tensor) -> Tensor:
         """Pixels of the patches ``predict_ids``.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smaug_ds.model.checks import MAY_BE_MISSING, require_heads, require_positive
 from smaug_ds.model.layers import ClipBlock, gather_tokens
+from smaug_ds.model.positions import grid_waves
 from smaug_ds.model.recompute import Recompute, recomputed, require_recompute
 from smaug_ds.model.sparsify import keep_and_fuse, kept_count, random_mask, visible_count
 
@@ -135,7 +136,9 @@ class VisionEncoder(nn.Module):
 
     def init_weights(self) -> None:
         nn.init.normal_(self.class_token, std=0.02)
-        nn.init.normal_(self.position_embedding, std=0.02)
+        with torch.no_grad():
+            self.position_embedding[0].zero_()
+            self.position_embedding[1:] = grid_waves(self.config.patches, self.config.width)
 
     def forward(self, patches: Tensor, patch_noise: Tensor | None) -> EncodedFrames:
         """``patches`` (B, T, N, 3 P P) normalised pixels, ``patch_noise`` (B, N) uniform or None for no mask."""
