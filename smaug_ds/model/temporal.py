@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smaug_ds.model.checks import require_positive
 from smaug_ds.model.layers import ViTBlock, silence_residual
+from smaug_ds.model.positions import waves
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class TemporalEncoder(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(width, config.heads) for _ in range(config.depth))
 
     def init_weights(self) -> None:
-        """Positions small, blocks silent: the multi-frame stage starts with what the single-frame stage has learnt."""
-        nn.init.normal_(self.position_embedding, std=0.02)
+        """Positions a third of what a token holds, so that order shows; blocks silent: but for that, the multi-frame
+        stage starts with what the single-frame stage has learnt."""
+        with torch.no_grad():
+            self.position_embedding.copy_(0.3 * waves(*self.position_embedding.shape))
         for block in self.blocks:
             silence_residual(block)
 
