@@ -10,6 +10,7 @@ import torch
 from smaug_ds.model.layers import init_weights
 from smaug_ds.model.positions import fit_positions, grid_waves, waves
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
+from smaug_ds.model.temporal import TemporalEncoder
 from smaug_ds.model.vision import VisionEncoder, normalise_pixels, patchify
 from tests.models import small_config
 
@@ -48,3 +49,13 @@ def test_an_untrained_encoder_sees_where_a_patch_is(size: str) -> None:
     content = vision.patch_embedding(patchify(normalise_pixels(frames), vision.config.patch_size))
     share = vision.position_embedding[1:].std(dim=0).mean() / content.std()
     assert 0.1 < share < 1, f"positions deviate {share:.3f} times as much as patches"
+
+
+def test_an_untrained_temporal_encoder_sees_the_order() -> None:
+    """Tokens of the vision encoder deviate by about 1: order is a good part of that, and the frames stay most of it."""
+    config = ModelConfig.of_size("tiny")
+    temporal = TemporalEncoder(config.temporal, config.vision.width, 4)
+    temporal.init_weights()
+    table = temporal.position_embedding
+    apart = torch.cdist(table, table) / table.shape[1] ** 0.5
+    assert apart[~torch.eye(4, dtype=torch.bool)].min() > 0.05 and table.abs().max() <= 0.3
