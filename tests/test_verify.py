@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from smaug_ds.data import verify as verify_module
-from smaug_ds.data.index import Entry, ShardIndex
-from smaug_ds.data.indexing import build_index, read_report
+from smaug_ds.data.index import ShardIndex
+from smaug_ds.data.indexing import build_index
 from smaug_ds.data.shard import ShardError
 from smaug_ds.data.verify import check, verify
 from smaug_ds.data.video import probe
@@ -141,107 +141,3 @@ def test_the_tool_ends_with_1_where_a_sample_failed(tmp_path: Path, capsys: pyte
     assert "1 samples decoded" in (out := capsys.readouterr().out) and "all are whole" in out
     assert index_shards.main([str(tmp_path / "bad"), *options]) == 1
     assert "1 failed (decode 1): see verify.jsonl" in capsys.readouterr().out
-
-
-def five(folder: Path) -> Path:
-    """Three tars, two of which hold a sample that does not decode; a sixth sample is no media at all."""
-    return indexed(
-        folder,
-        ("good", make_clip(1), "mp4"),
-        ("broken", broken_within(), "mp4"),
-        ("noisy", noisy_clip(), "mp4"),
-        ("half", make_image(7, "jpg", (300, 200))[:-300], "jpg"),
-        ("picture", make_image(5), "jpg"),
-        ("none", b"no media", "jpg"),
-    )
-
-
-def entries(folder: Path) -> dict[str, Entry]:
-    index = ShardIndex.open(folder)
-    found = [index.entry(row) for row in range(len(index))]
-    assert all(index.read_sample(entry).key == entry.key for entry in found)
-    return {entry.key: entry for entry in found}
-
-
-def test_what_does_not_decode_leaves_the_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, options = five(tmp_path / "all"), ["--workers", "1", "--verify", "decode"]
-    before = entries(folder)
-    assert index_shards.main([str(folder), *options, "--drop-failed"]) == 0
-    assert "2 samples left out of the index, see index/rejects.jsonl; 3 are in it" in capsys.readouterr().out
-    after = entries(folder)
-    assert after == {key: before[key] for key in ("good", "noisy", "picture")}
-    rejects = [json.loads(line) for line in (folder / "index" / "rejects.jsonl").read_text().splitlines()]
-    assert [(reject["shard"], reject["key"], reject["reason"]) for reject in rejects] == [
-        ("0.tar", "broken", "verify_decode"),
-        ("1.tar", "half", "verify_image"),
-        ("2.tar", "none", "media_image"),
-    ]
-    # as an index of tars that never held them, but for what it rejects
-    for number, keys in enumerate((["good"], ["noisy"], ["picture"])):
-        members = [(key, ShardIndex.open(folder).read_sample(after[key])) for key in keys]
-        parts = [part for key, one in members for part in crawled(key, one.media, after[key].suffix, key)]
-        write_tar(tmp_path / "never" / f"{number}.tar", parts)
-    build_index(tmp_path / "never")
-    report, never = read_report(folder), read_report(tmp_path / "never")
-    assert report.rejects == {"verify_decode": 1, "verify_image": 1, "media_image": 1}
-    report.rejects = never.rejects
-    assert report == never
-    assert verify(folder).failures == []
-    assert index_shards.main([str(folder), *options]) == 1  # indexed again, they are back
-    assert entries(folder) == before
-
-
-def test_what_could_not_be_read_stays_in_the_index(tmp_path: Path) -> None:
-    folder = indexed(tmp_path, ("a", make_image(1), "jpg"), ("b", make_image(1), "jpg"))
-    data = bytearray((folder / "0.tar").read_bytes())
-    entry = ShardIndex.open(folder).entry(1)
-    data[entry.media_offset - 512 : entry.media_offset] = bytes(512)
-    (folder / "0.tar").write_bytes(data)
-    (folder / ".verify.partial").mkdir()
-    (folder / ".verify.partial" / "done.jsonl").touch()  # so that it is not indexed anew
-    assert index_shards.main([str(folder), "--workers", "1", "--verify", "decode", "--drop-failed"]) == 1
-    assert len(ShardIndex.open(folder)) == 2
-    with pytest.raises(SystemExit):
-        index_shards.main([str(folder), "--drop-failed"])
-
-
-def break_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verification that ends within the second tar."""
-    take = verify_module._Decoder.take
-
-    def interrupted(self: verify_module._Decoder, ready: bool) -> tuple[str, str] | None:
-        if self.rows[0] == 3:
-            raise KeyboardInterrupt
-        return take(self, ready)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(verify_module._Decoder, "take", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            verify(folder)
-
-
-def test_a_verification_that_was_broken_off_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = five(tmp_path)
-    break_off(folder, monkeypatch)
-    done = folder / ".verify.partial" / "done.jsonl"
-    done.write_text(done.read_text() + '{"shard": "1.tar", "mark')  # killed while it wrote
-    assert not (folder / "verify.jsonl").exists()
-    assert index_shards.main([str(folder), "--workers", "1", "--verify", "decode"]) == 1
-    told = capsys.readouterr().out
-    assert "goes on being verified" in told and "3 samples decoded in " in told
-    assert "samples/s, 2 earlier; 2 failed (decode 1, image 1)" in told
-    found = (folder / "verify.jsonl").read_text()
-    assert not done.parent.exists()
-    assert verify(folder).earlier == 0
-    assert (folder / "verify.jsonl").read_text() == found  # as without a break
-
-
-def test_a_tar_that_changed_meanwhile_is_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = five(tmp_path)
-    break_off(folder, monkeypatch)
-    os.utime(folder / "0.tar", (1, 1))
-    assert verify(folder).earlier == 0
-    break_off(folder, monkeypatch)
-    assert verify(folder, seconds=30).earlier == 0  # what took too long may not any more

@@ -23,7 +23,7 @@ from smaug_ds.data.gain import estimate
 from smaug_ds.data.reencode import Reencoding
 from smaug_ds.data.shard import ShardError
 from smaug_ds.data.sharding import build
-from tools.index_shards import add_verification, at_least_one, require_verification, verified
+from tools.index_shards import add_verification, at_least_one, verified
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"with --reencode: {text} (default {default})")
     add_verification(parser)
     options = parser.parse_args(arguments)
-    require_verification(parser, options)
     if options.estimate and not options.reencode:
         parser.error("--estimate says what --reencode would gain: give both")
     first = options.lists[0]

@@ -1,12 +1,11 @@
 """Indexes a folder of WebDataset shards (``KEY.mp4|jpg|... KEY.txt KEY.json``) in place; the tars stay untouched.
 
-    python tools/index_shards.py FOLDER [FOLDER ...] [--workers 8] [--skip-bad-shards]
-                                 [--verify decode [--drop-failed]]
+    python tools/index_shards.py FOLDER [FOLDER ...] [--workers 8] [--skip-bad-shards] [--verify decode]
 
 The index goes into ``FOLDER/index``; what was left out, and why, stands in ``FOLDER/index/rejects.jsonl``. Tars that
 cannot be read are all named at the end, and nothing is indexed unless they may be skipped. A command that was broken
 off goes on when it is given again. ``--verify decode`` then decodes every frame of every sample; what fails stands in
-``FOLDER/verify.jsonl``, and with ``--drop-failed`` is left out of the index.
+``FOLDER/verify.jsonl``.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from smaug_ds.data.dropping import drop
-from smaug_ds.data.indexing import build_index, read_report
-from smaug_ds.data.quarantine import TEMPORARY
+from smaug_ds.data.indexing import build_index
 from smaug_ds.data.shard import ShardError
-from smaug_ds.data.verify import is_broken_off, verify
+from smaug_ds.data.verify import verify
 
 
 def at_least_one(text: str) -> int:
@@ -35,35 +32,15 @@ def at_least_one(text: str) -> int:
 def add_verification(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", choices=["decode"], help="decode all frames of all samples; exit 1 if any fails")
     parser.add_argument("--seconds", type=float, default=60.0, help="that --verify gives one sample (default 60)")
-    parser.add_argument(
-        "--drop-failed", action="store_true", help="with --verify: leave out of the index what does not decode"
-    )
-
-
-def require_verification(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Leaves with code 2 where ``--drop-failed`` would have nothing to go by."""
-    if options.drop_failed and not options.verify:
-        parser.error("--drop-failed leaves out what --verify decode finds: give both")
 
 
 def verified(folder: Path, options: argparse.Namespace) -> int:
-    """Decodes the samples of ``folder`` if that is asked for; 1 if any of those that are in the index failed, else 0.
-
-    What could not be read, or not in time, stays there, as a run tries it again, too: a storage that was away or slow
-    comes back.
-    """
+    """Decodes the samples of ``folder`` if that is asked for; 1 if any failed, else 0."""
     if not options.verify:
         return 0
     report = verify(folder, options.workers, options.seconds, progress=True)
     print(f"{folder}: {report}")
-    bad = [failed for failed in report.failures if options.drop_failed and failed.reason not in TEMPORARY]
-    if bad:
-        dropped: dict[str, dict[int, tuple[str, str]]] = {}
-        for failed in bad:
-            dropped.setdefault(failed.shard, {})[failed.row] = (f"verify_{failed.reason}", failed.detail)
-        left = drop(folder, dropped).samples
-        print(f"{folder}: {len(bad)} samples left out of the index, see index/rejects.jsonl; {left} are in it")
-    return 1 if len(bad) < len(report.failures) else 0
+    return 1 if report.failures else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,15 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--skip-bad-shards", action="store_true", help="index the others when tars cannot be read")
     add_verification(parser)
     options = parser.parse_args(arguments)
-    require_verification(parser, options)
     failed = 0
     for folder in options.folders:
         try:
-            if options.verify and is_broken_off(folder):
-                print(f"{folder} goes on being verified: {read_report(folder)}")
-            else:
-                report = build_index(folder, options.workers, progress=True, skip_bad_shards=options.skip_bad_shards)
-                print(f"{folder}: {report}")
+            report = build_index(folder, options.workers, progress=True, skip_bad_shards=options.skip_bad_shards)
+            print(f"{folder}: {report}")
             failed = max(failed, verified(folder, options))
         except ShardError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from smaug_ds.data.scanning import NAMED, Scan, scan_tar, stamp_of
 from smaug_ds.data.shard import ShardError, tar_sizes
 from smaug_ds.progress import bar
 
-PARTIAL = ".index.partial"
+_PARTIAL = ".index.partial"
 _SHOWN_SIZES = 8  # of the most frequent frame sizes
 _REMEDY = (
     "copy or build them again and run the same command, which goes on where it was; or take them out of the folder, "
@@ -83,33 +83,21 @@ def build_index(
     """
     folder = Path(folder)
     sizes = tar_sizes(folder)
-    partial = folder / PARTIAL
+    partial = folder / _PARTIAL
     with alone_in(partial), room_in(folder):
         skipped = _scan_all(folder, list(sizes), workers, progress)
         if skipped and not skip_bad_shards:
             reasons = "\n".join(skipped.values())
             raise ShardError(f"{len(skipped)} of {len(sizes)} tars cannot be used:\n{reasons}\n{_REMEDY}")
         good = [name for name in sizes if name not in skipped]
-        left_out = [{"name": name, "bytes": sizes[name], "reason": reason} for name, reason in skipped.items()]
-        return put_in_place(
-            folder,
-            {name: sizes[name] for name in good},
-            left_out,
-            lambda: (Scan.load(_scan_of(folder / name))[0] for name in good),
-        )
-
-
-def put_in_place(
-    folder: Path, sizes: dict[str, int], skipped: list[dict[str, Any]], scans: Callable[[], Iterator[Scan]]
-) -> IndexReport:
-    """Writes an index out of ``scans`` of the tars in ``sizes``, and puts it in place of the one that is there."""
-    partial = folder / PARTIAL
-    report = _write(partial, sizes, skipped, scans)
-    shutil.rmtree(partial / "replaced", ignore_errors=True)
-    if (folder / "index").exists():
-        os.replace(folder / "index", partial / "replaced")
-    os.replace(partial / "index", folder / "index")
-    clear(partial)
+        report = _write(partial, {name: sizes[name] for name in good}, [
+            {"name": name, "bytes": sizes[name], "reason": reason} for name, reason in skipped.items()
+        ])  # fmt: skip
+        shutil.rmtree(partial / "replaced", ignore_errors=True)
+        if (folder / "index").exists():
+            os.replace(folder / "index", partial / "replaced")
+        os.replace(partial / "index", folder / "index")
+        clear(partial)
     return report
 
 
@@ -150,7 +138,7 @@ def _scan_aside(path: Path) -> tuple[str, int, str]:
 
 
 def _scan_of(path: Path) -> Path:
-    return path.parent / PARTIAL / f"{path.name}.npz"
+    return path.parent / _PARTIAL / f"{path.name}.npz"
 
 
 def _is_scanned(path: Path) -> bool:
@@ -160,10 +148,12 @@ def _is_scanned(path: Path) -> bool:
         return False
 
 
-def _write(
-    partial: Path, sizes: dict[str, int], skipped: list[dict[str, Any]], scans: Callable[[], Iterator[Scan]]
-) -> IndexReport:
+def _write(partial: Path, sizes: dict[str, int], skipped: list[dict[str, Any]]) -> IndexReport:
     """Writes ``partial/index``, in two passes over the scans: one for totals and vocabularies, one for the columns."""
+
+    def scans() -> Iterator[Scan]:
+        return (Scan.load(partial / f"{name}.npz")[0] for name in sizes)
+
     aside = partial / "index"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from smaug_ds.data.sample import Medium, Place
 
-TEMPORARY = ("read", "time")  # stages of what may be the storage's fault: a disk that was away or slow comes back
+_TEMPORARY = ("read", "time")  # stages of what may be the storage's fault: a disk that was away or slow comes back
 _REFUSED = "dali"  # stage of samples that the decoder of the DALI graph refuses
 
 
@@ -124,7 +124,7 @@ def known_bad(failures: Iterable[Failure]) -> frozenset[Place]:
     return frozenset(
         failure.place
         for failure in failures
-        if failure.place is not None and failure.stage not in TEMPORARY and not _decoded_otherwise(failure)
+        if failure.place is not None and failure.stage not in _TEMPORARY and not _decoded_otherwise(failure)
     )
 
 
