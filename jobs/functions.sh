@@ -179,7 +179,7 @@ tell_errors() { # of all ranks, or else of the launcher or the preflight: what o
     local told
     told=$(find "$logs" -name '*_rank*.log' -exec grep -h '^error: ' {} + | sort -u) || true
     # pdsh puts the host before each line
-    [ -n "$told" ] || told=$(grep -hoE '(^|: )error: .*' "$logs"/*.log | sed 's/^: //' | sort -u) || true
+    [ -n "$told" ] || told=$(grep -hivE "$agreed" "$logs"/*.log | grep -oE '(^|: )error: .*' | sed 's/^: //' | sort -u) || true
     [ -z "$told" ] || head -n 20 <<< "$told" >&2
 }
 

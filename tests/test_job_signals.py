@@ -152,6 +152,7 @@ def test_an_agreed_stop_is_not_shown_as_an_error(tmp_path: Path) -> None:
             line for line in done.stdout.splitlines() if "error" in line.lower() or line.startswith("== ended")
         ]
         assert shown == real + told
+        assert ("exit code 85" in done.stderr, "exit code 247" in done.stderr) == (False, True), done.stderr
         assert last.startswith(f"== ended with code {code} after start 0; logs in ")
         (log,) = tmp_path.glob("logs/*/launcher.log")
         assert log.read_text() == (tmp_path / "said").read_text()

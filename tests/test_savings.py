@@ -111,7 +111,10 @@ def test_the_table_tells_every_saving(tmp_path: Path, capsys: pytest.CaptureFixt
         (["model.nonsense=1"], "model.nonsense"),
         (["dtype=deepspeed"], "dtype is deepspeed: savings takes bf16 or fp32"),
         (["adamw=loop"], "adamw is loop: savings takes fused"),
+        (["compile=true"], "compile is true: savings takes back parts of the model"),
         (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
+        (["--json", "docs"], "--json docs is a folder: name a file"),
+        (["--tensorboard", "README.md"], "--tensorboard README.md is a file: name a folder"),
     ],
 )
 def test_wrong_settings_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

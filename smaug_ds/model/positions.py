@@ -16,7 +16,7 @@ WITHOUT_PLACE = 3  # entries of a bias table after the grid's: class token to pa
 
 
 def waves(places: int, width: int) -> Tensor:
-    """Sines and cosines of 0 .. ``places`` - 1 (``places``, ``width``), from -1 to 1 (Vaswani et al. 2017, section 3.5).
+    """Sines and cosines of 0 .. ``places`` - 1, (``places``, ``width``), up to 1 (Vaswani et al. 2017, section 3.5).
 
     The longest wave is a hundred times the shortest, not ten thousand times: a grid or a clip is shorter than a
     sentence, and waves much longer than it are the same everywhere. An odd last column is 0.
@@ -27,8 +27,8 @@ def waves(places: int, width: int) -> Tensor:
 
 
 def grid_waves(patches: int, width: int) -> Tensor:
-    """(``patches``, ``width``) for a square grid, row by row: half of the columns wave downwards, the others to the right
-    (MAE, appendix A.1).
+    """(``patches``, ``width``) for a square grid, row by row: half of the columns wave downwards, the others to the
+    right (MAE, appendix A.1).
 
     Positions drawn at random with a deviation of 0.02, as is usual, are a fiftieth of what an untrained patch embedding
     gives: a model from scratch is blind to them for its first thousands of steps, and knows colours but no places.

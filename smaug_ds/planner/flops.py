@@ -146,7 +146,7 @@ def vision_flops(model: ModelConfig) -> Flops:
             layer += _rank_and_fuse(tokens, kept_count(tokens, vision.keep_rate), vision.width)
             tokens = min(tokens, kept_count(tokens, vision.keep_rate) + 1)
         elif beit:
-            layer += Flops(_rank_and_fuse(tokens, tokens, vision.width).forward)
+            layer += _rank_and_fuse(tokens, tokens, vision.width)
         last = linear(tokens + 1, vision.mlp_width, vision.width)
         layer += linear(tokens + 1, vision.width, vision.mlp_width) + last
         every = vision.checkpoint_every if vision.checkpoint_what == "layer" else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,8 +52,17 @@ def _check(args: argparse.Namespace, least: Mapping[str, int]) -> None:
             raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least {value}")
     for name in ("json", "png", "trace"):
         path = getattr(args, name, None)
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
             raise ConfigError(f"--{name} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ConfigError(f"--{name} {path} is a folder: name a file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"--{name} {path} cannot be written")
+    folder = getattr(args, "tensorboard", None)
+    if folder is not None and folder.is_file():
+        raise ConfigError(f"--tensorboard {folder} is a file: name a folder")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -33,7 +33,9 @@ def main(arguments: Sequence[str], program: str) -> None:
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="of a turn")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps of each side that do not count")
     add_files(parser)
-    write(*run(parser, arguments, keys_of(StepConfig(), "model.frames=4"), _report, {"turns": 1, "steps": 1}))
+    write(
+        *run(parser, arguments, keys_of(StepConfig(), "model.frames=4"), _report, {"turns": 1, "steps": 1, "warmup": 0})
+    )
 
 
 def _report(args: argparse.Namespace) -> Report:
@@ -61,7 +63,9 @@ def compare(config: StepConfig, peer: Path, turns: int, steps: int, warmup: int,
     for name, figures in zip(("ours", peer.stem), measured, strict=True):
         rate = figures["samples_per_second"]
         bars.append(Bar(name, rate, f"{rate:.2f} samples/s"))
-    title = f"{config.model.frames} frames, batch {config.batch}, {config.dtype}, captions {Path(config.captions).name}"
+    title = (
+        f"{config.model.frames} frames, batch {config.batch}, {config.precision}, captions {Path(config.captions).name}"
+    )
     further = {"turns_seconds": times, "speed_ratio": plain(speed), "memory_ratio": memory}
     return Report(told, title, f"samples/s, ratio {speed.text(2)}", "", bars, measured, further)
 
@@ -105,7 +109,7 @@ def tell(config: StepConfig, peer: str, measured: list[dict[str, Any]], speed: S
     return "\n".join(
         [
             f"frames {config.model.frames}, ours keeps {config.model.frames_kept}; batch {config.batch}, "
-            f"{config.dtype}; our captions {config.captions} ({tokens:.1f} tokens in the mean)",
+            f"{config.precision}; our captions {config.captions} ({tokens:.1f} tokens in the mean)",
             table(rows),
             f"samples/s, ours to {peer}'s: {speed.text(2)}; peak memory: {memory:.0%}",
         ]

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str], program: str) -> None:
     parser.add_argument("--shards", type=int, default=2000)
     parser.add_argument("--ranks", type=int, default=2, help="processes that open the index at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
-    figures, args = run(parser, arguments, None, _figures)
+    figures, args = run(parser, arguments, None, _figures, {"samples": 1, "shards": 1, "ranks": 1})
     if args.json:
         write_json(args.json, figures)
 

@@ -146,6 +146,7 @@ def record(config: StepConfig, timing: Timing, facts: Facts, peak: float) -> dic
         "frames_kept": config.model.frames_kept,
         "batch": config.batch,
         "dtype": config.dtype,
+        "compiled": config.compile,
         "device": facts.device,
         "world_size": 1,
         "captions": config.captions,

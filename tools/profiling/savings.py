@@ -69,6 +69,10 @@ def _report(args: argparse.Namespace) -> Report:
     for name, wanted in (("dtype", ("bf16", "fp32")), ("adamw", ("fused",))):
         if getattr(config, name) not in wanted:
             raise ConfigError(f"{name} is {getattr(config, name)}: savings takes {' or '.join(wanted)}")
+    if config.compile:  # compiled code would not see what is taken back
+        raise ConfigError(
+            "compile is true: savings takes back parts of the model, which compiled code keeps: leave it out"
+        )
     told = announce(to_dict(config))
     return measure_all(Step(config), args.turns, args.steps, args.warmup, told)
 
@@ -77,7 +81,7 @@ def measure_all(step: Step, turns: int, steps: int, warmup: int, told: dict[str,
     """Times every saving and prints the table."""
     config = step.config
     title = (
-        f"frames {config.model.frames}, kept {config.model.frames_kept}; batch {config.batch}, {config.dtype}; "
+        f"frames {config.model.frames}, kept {config.model.frames_kept}; batch {config.batch}, {config.precision}; "
         f"captions {config.captions}"
     )
     print(f"{title} ({step.caption_tokens:.1f} tokens in the mean)", flush=True)

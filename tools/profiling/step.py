@@ -70,6 +70,11 @@ class StepConfig:
             )
 
     @property
+    def precision(self) -> str:
+        """For titles: dtype, and whether the step is compiled."""
+        return f"{self.dtype}, compiled" if self.compile else self.dtype
+
+    @property
     def whole_model(self) -> ModelConfig:
         """The model with BERT's vocabulary, where none is given."""
         text = self.model.text

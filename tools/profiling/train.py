@@ -49,7 +49,12 @@ def main(arguments: Sequence[str], program: str) -> None:
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="that are timed")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the weights, on a CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=["bf16", "fp32"],
+        default="bf16",
+        help="of the weights, on a CPU (bf16 is told as deepspeed, since the engine holds them so)",
+    )
     parser.add_argument("--data", action="append", default=[], metavar="FOLDER", help="indexed shards; may be repeated")
     parser.add_argument("--clips", type=int, default=32, metavar="N", help="that are rendered without --data")
     add_files(parser)
