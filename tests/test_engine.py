@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import pickletools
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from smaug_ds.config import ConfigError, to_dict
 from smaug_ds.engine.deepspeed import (
     OPTIMIZER_OWNED_BY_RUN_CONFIG,
     OWNED_BY_RUN_CONFIG,
+    ZeroStageEnum,
     build_engine,
     load_json,
     resolve,
@@ -187,6 +190,14 @@ def refusals(paths: list[str]) -> list[str]:
             build_engine(Standin(), path, CONFIG, SCHEDULE, 1, 1)
         messages.append(str(caught.value))
     return messages
+
+
+def test_the_zero_stage_of_a_checkpoint_is_pickled_by_value() -> None:
+    """Whatever the version of Python: what some write instead, a safe load refuses."""
+    content = pickle.dumps(ZeroStageEnum.gradients, protocol=2)
+    called = [name for code, name, _ in pickletools.genops(content) if code.name == "GLOBAL"]
+    assert called == ["deepspeed.runtime.zero.config ZeroStageEnum"]
+    assert pickle.loads(content) is ZeroStageEnum.gradients
 
 
 def test_who_owns_a_key_is_a_setting_that_exists() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from smaug_ds.config import to_dict
 from smaug_ds.data.config import DataConfig
 from smaug_ds.engine import checkpoint
+from smaug_ds.engine.deepspeed import ZeroStageEnum
 from smaug_ds.evaluation.retrieval import RetrievalConfig
 from smaug_ds.model.smaug import SmaugModel
 

@@ -6,6 +6,7 @@ sizes, learning rate, clipping. Each key has one owner; they meet in ``resolve``
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 import json
 import logging
@@ -57,6 +58,10 @@ KNOWN: dict[str, type] = {
     "zero_force_ds_cpu_optimizer": bool,
     "zero_optimization": dict,
 }
+# Checkpoints hold the ZeRO stage. Python 3.11.0 to 3.11.3 pickle an enum as a call of getattr, which no safe load
+# allows; by value it is what the other versions write.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
+
 _JSON_NAMES = {
     dict: "an object",
     list: "a list",
