@@ -47,7 +47,14 @@ def checkout(tmp_path: Path) -> Path:
 def quickstart(checkout: Path) -> subprocess.Popen[str]:
     command = ["bash", str(checkout / "jobs" / "quickstart.sh"), "--out", "out", "optim.lr=1"]
     return subprocess.Popen(
-        command, cwd=checkout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=checkout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        # tests that run in the background ignore it, and a shell cannot trap what it was told to ignore
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
