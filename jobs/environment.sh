@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Makes the project's own virtual environment, .venv, or brings it up to date, and activates it. Source from bash.
-# PYTHON names another interpreter than python3 (3.10 to 3.12); SMAUG_VENV another folder for the environment.
+# PYTHON names another interpreter than python3 (3.11 or 3.12); SMAUG_VENV another folder for the environment.
 # With CONTAINER (jobs/functions.sh) this is sourced in the image, which brings its own.
 
 if [ -z "${CONTAINER:-}" ]; then
@@ -11,8 +11,8 @@ if [ -z "${CONTAINER:-}" ]; then
     if [ "$(cat "$venv/.made-from" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into $venv: some minutes and 6 GB the first time" >&2
         if [ ! -x "$venv/bin/python" ]; then
-            "${PYTHON:-python3}" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else
-                "error: Python 3.10 to 3.12 is needed, %d.%d was found: set PYTHON to another interpreter" % v)' || exit 1
+            "${PYTHON:-python3}" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else
+                "error: Python 3.11 or 3.12 is needed, %d.%d was found: set PYTHON to another interpreter" % v)' || exit 1
             "${PYTHON:-python3}" -m venv "$venv"
         fi
         {

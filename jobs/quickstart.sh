@@ -5,7 +5,7 @@
 #
 # Without --data it renders the built-in corpus. DIR may hold WebDataset shards (KEY.mp4 KEY.txt KEY.json), or lists
 # video_train.json, image_train.json, video_test.json of {"video": path, "caption": text}; LIST.json is one such list.
-# key=value goes to both stages and wins over jobs/experiments/quickstart_*.yaml. Needs Python 3.10 to 3.12 and a C++
+# key=value goes to both stages and wins over jobs/experiments/quickstart_*.yaml. Needs Python 3.11 or 3.12 and a C++
 # compiler; GPUs are used if there are any, else two ranks share the CPU. An interrupted run goes on where it stopped.
 set -euo pipefail
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import cast
 
 import av
 import numpy as np
@@ -117,7 +118,7 @@ def encode_media(frames: np.ndarray, suffix: str, fps: int) -> bytes:
     # Bit-exact keeps random identifiers out of the WebM header; one thread keeps the rate control reproducible.
     with av.open(buffer, "w", format=suffix, options={"fflags": "+bitexact"}) as container:
         codec, options = ("libx264", X264) if suffix == "mp4" else ("libvpx-vp9", VP9)
-        stream = container.add_stream(codec, rate=fps, options=options)
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=fps, options=options))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", GOP, 1
         for frame in frames:
