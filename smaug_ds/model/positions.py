@@ -31,7 +31,7 @@ def grid_waves(patches: int, width: int) -> Tensor:
     right (MAE, appendix A.1).
 
     Positions drawn at random with a deviation of 0.02, as is usual, are a fiftieth of what an untrained patch embedding
-    gives: a model from scratch is blind to them for its first thousands of steps, and knows colours but no places.
+    gives: a model from scratch was still blind to them after 700 steps, and knew colours but no places.
 
     Raises ValueError when ``patches`` make no square grid.
     """
