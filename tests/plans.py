@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
 from smaug_ds.losses import LossConfig
+from smaug_ds.model import recompute
 from smaug_ds.model.smaug import ModelConfig
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.planner.memory import Precision
@@ -33,3 +40,20 @@ def work(model: ModelConfig | None = None, precision: Precision = BF16, **change
     mix = {"image": 0.5, "video": 0.5}
     plan = Work(model or sized("base"), LossConfig(), MediaConfig(), precision, mix, 1024, 128)  # type: ignore[arg-type]
     return dataclasses.replace(plan, **changes)
+
+
+def keep_caches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Tensor]]:
+    """From here on, what ``checkpoint_what=cheap`` keeps of the layers that it runs, in no saved tensor of autograd."""
+    modes: list[Any] = []
+
+    def contexts(*arguments: Any) -> Any:
+        modes.append(create_selective_checkpoint_contexts(*arguments))
+        return modes[-1]
+
+    def kept() -> list[Tensor]:
+        results = tree_leaves([list(caching.storage.values()) for caching, _ in modes])
+        held = [getattr(result, "val", result) for result in results]
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+    monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", contexts)
+    return kept

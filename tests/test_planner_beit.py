@@ -18,6 +18,7 @@ from smaug_ds.model.smaug import ModelConfig
 from smaug_ds.planner.flops import Captions, Step, step_flops, vision_flops
 from smaug_ds.planner.memory import FLOAT, Precision, activations, transient
 from tests.models import VOCABULARY, random_batch, small_config, small_model
+from tests.plans import keep_caches
 from tools.profiling.model import ProfileConfig, count_flops
 
 FP32 = Precision.of({})
@@ -126,10 +127,12 @@ class Kept:
         {"mask_ratio": 0.0},
         {"checkpoint_every": 2},
         {"checkpoint_every": 1},
+        {"checkpoint_every": 1, "checkpoint_what": "cheap"},
+        {"checkpoint_every": 2, "checkpoint_what": "cheap"},
         {"sparsify_layers": ()},
     ],
 )
-def test_what_the_encoder_saves(vision: dict[str, Any]) -> None:
+def test_what_the_encoder_saves(vision: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = beit("tiny", **vision)
     model = small_model(config).train()
     batch = random_batch(config, 8, lengths=[12] * 8)
@@ -141,11 +144,13 @@ def test_what_the_encoder_saves(vision: dict[str, Any]) -> None:
         alive.add(kept)
         return kept
 
+    cached = keep_caches(monkeypatch)
     patches = model.patchify(batch.frames)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
         tokens = model.vision(patches, batch.patch_noise).tokens
         held = tokens.square()  # whoever reads them keeps them
-    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in alive}
+    tensors = [*(kept.tensor for kept in alive), *cached()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     saved = sum(size for pointer, size in storages.items() if pointer not in own)
     assert held.requires_grad
     step = Step(1, 8, 1, Captions.full(12), 2)

@@ -9,19 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from smaug_ds.config import ConfigError
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.losses import LossConfig
-from smaug_ds.model import recompute
 from smaug_ds.planner.cluster import ClusterConfig, Machine
 from smaug_ds.planner.flops import Captions, Step
 from smaug_ds.planner.memory import Precision, activations, states
 from smaug_ds.planner.prediction import memory, require_fit
 from tests.models import VOCABULARY, random_batch, small_model
-from tests.plans import BF16, FP32, ROOT, sized, work
+from tests.plans import BF16, FP32, ROOT, keep_caches, sized, work
 
 
 @pytest.mark.parametrize("frames", [(1, 1), (4, 2)])
@@ -43,20 +40,11 @@ def test_activations_are_what_autograd_saves(
             kept[storage] = tensor  # holding on to it, so that no other comes to lie there
         return tensor
 
-    modes: list[Any] = []  # whose caches hold what "cheap" keeps
-
-    def contexts(*arguments: Any) -> Any:
-        modes.append(create_selective_checkpoint_contexts(*arguments))
-        return modes[-1]
-
-    monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", contexts)
+    cached = keep_caches(monkeypatch)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(batch)
-    for caching, _ in modes:
-        for result in tree_leaves([entry for entries in caching.storage.values() for entry in entries]):
-            tensor = getattr(result, "val", result)
-            if isinstance(tensor, Tensor):
-                keep(tensor)
+    for tensor in cached():
+        keep(tensor)
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     step = Step(frames[0], 8, 1, Captions.full(12), len(batch.mlm_positions) / 8)
     assert sum(activations(config, LossConfig(), step, FP32).values()) == pytest.approx(saved, rel=0.15)

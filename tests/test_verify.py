@@ -103,6 +103,18 @@ def test_samples_that_hang_or_kill_their_process_are_named(tmp_path: Path, monke
     assert "after 5 s" in report.failures[0].detail and "code -9" in report.failures[1].detail
 
 
+def serve_nothing(pipe: Connection, folder: Path) -> None:
+    os._exit(3)
+
+
+def test_no_sample_is_blamed_for_a_process_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "_serve", serve_nothing)
+    folder = indexed(tmp_path, ("a", make_image(1), "jpg"))
+    with pytest.raises(ShardError, match="a decoding process does not start: its process ended with code 3"):
+        verify(folder)
+    assert not (folder / verify_module.LEDGER).exists()
+
+
 def test_a_tar_that_changed_under_its_index_fails_in_reading(tmp_path: Path) -> None:
     folder = indexed(tmp_path, ("a", make_image(1), "jpg"), ("b", make_image(1), "jpg"))
     data = bytearray((folder / "0.tar").read_bytes())

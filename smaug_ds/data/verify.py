@@ -61,7 +61,7 @@ def verify(folder: str | Path, workers: int = 1, seconds: float = 60.0, progress
     Failures go to ``folder/verify.jsonl``, one line each, in the order of the samples, once all are decoded.
 
     Raises:
-        ShardError: as ``ShardIndex.open``.
+        ShardError: as ``ShardIndex.open``, and where a decoding process does not come up.
     """
     started = time.monotonic()
     folder = Path(folder)
@@ -133,7 +133,13 @@ class _Decoder:
             return None
         self.deadline = time.monotonic() + self._seconds
         if outcome == _UP:
+            self._up = True
             return None
+        if not self._up:  # no sample has been touched, so none is to blame
+            ended = outcome[1] if outcome[0] == "crash" else f"it was not up after {_START_SECONDS:g} s"
+            raise ShardError(
+                f"{self._folder}: a decoding process does not start: {ended}; fewer --workers need less memory"
+            )
         self.rows = self.rows[1:]
         if outcome[0] in ("time", "crash"):
             self.end()
@@ -153,6 +159,7 @@ class _Decoder:
         self._process = context.Process(target=_serve, args=(theirs, self._folder), daemon=True)
         self._process.start()
         theirs.close()
+        self._up = False
         self.deadline = time.monotonic() + _START_SECONDS
 
 

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -30,11 +29,11 @@ from smaug_ds.losses import LossConfig
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.model.sparsify import visible_count
 from smaug_ds.text import IGNORED
+from tools.planning.corpus import BERT_VOCABULARY, ROOT
 from tools.profiling.captions import draw_lengths
 
-BERT_VOCABULARY = 30522
 # What a DeepSpeed run with bf16 weights does, with the AdamW that needs no compiler.
-BF16_ENGINE = Path(__file__).resolve().parents[2] / "ds_configs" / "cpu_bf16.json"
+BF16_ENGINE = ROOT / "ds_configs" / "cpu_bf16.json"
 _WORDS_FROM = 1000  # ids below are BERT's special and unused tokens
 _Run = Callable[[Batch], Tensor]  # one step, its loss
 

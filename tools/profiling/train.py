@@ -31,16 +31,14 @@ from smaug_ds.engine.monitor import PHASES
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.planner.media import MediaConfig
 from smaug_ds.text import Tokenizer
+from tools.planning.corpus import BERT_VOCABULARY, ROOT
 from tools.planning.measured import step_flops_of, work_of_run
 from tools.profiling.command import new_parser, run
 from tools.profiling.corpora import ClipStyle, caption, render_corpus
 from tools.profiling.machine import announce
 from tools.profiling.ranks import run_ranks
 from tools.profiling.report import Bar, Report, add_files, plain, table, write
-from tools.profiling.step import BERT_VOCABULARY
 from tools.profiling.turns import Spread
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str], program: str) -> None:

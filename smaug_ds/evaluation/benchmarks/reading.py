@@ -86,7 +86,7 @@ def layout_of(path: Path) -> str:
     Raises BenchmarkError if its content does not tell.
     """
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             head = file.read(4096).lstrip()
     except OSError as error:
         raise BenchmarkError(f"{path} cannot be read: {error.strerror}") from error
@@ -98,7 +98,9 @@ def layout_of(path: Path) -> str:
     columns = head.split("\n", 1)[0].strip().split(",")
     if set(MSRVTT_COLUMNS) <= set(columns):
         return "msrvtt_csv"
-    if head and all(len(line.split()) <= 1 and "," not in line for line in head.splitlines()):
+    # bytes that are no UTF-8 and control characters are not printable: a list of ids has neither
+    readable = all(line.replace("\t", " ").isprintable() for line in head.splitlines())
+    if head and readable and all(len(line.split()) <= 1 and "," not in line for line in head.splitlines()):
         return "ids"
     raise BenchmarkError(f"{path}: neither JSON, nor a csv with {', '.join(MSRVTT_COLUMNS)}, nor a list of ids")
 
@@ -111,7 +113,10 @@ def read_ids(path: str | Path) -> tuple[str, ...]:
     path = Path(path)
     if layout_of(path) != "ids":
         raise BenchmarkError(f"{path} is no list of video ids")
-    text = path.read_text(encoding="utf-8-sig", errors="backslashreplace").strip()
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
     if text.startswith("["):
         try:
             names: list[Any] = list(json_rows(path))
