@@ -78,8 +78,10 @@ launch() { # stage, further key=value: starts or resumes it under the launcher, 
     [ -z "$told" ] || { echo "== stopped, $stage is finished: the same command goes on from here"; exit 85; }
 }
 
+first=() # what stage 1 trains on, if not on all
+[ -n "$data" ] || first=("data.train=[\"$out/shards/image_train\"]") # one shape each
 echo "== 2/5 stage 1: one frame"
-launch stage1
+launch stage1 "${first[@]}"
 echo "== 3/5 stage 2: four frames, two kept"
 launch stage2 run.init_from="$out/stage1"
 echo "== 4/5 pictures"

@@ -252,7 +252,7 @@ def test_changed_sources_are_another_build(media: Path, tmp_path: Path) -> None:
 def test_two_builds_of_one_folder_do_not_meet(media: Path, tmp_path: Path) -> None:
     work = tmp_path / "out.partial"
     work.mkdir()
-    lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    lock = "import fcntl, sys; fcntl.flock(f := open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", lock, work / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

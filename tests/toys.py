@@ -64,15 +64,10 @@ def read_caption(caption: str) -> Facts:
         second = re.search(OBJECT, rest)
         assert second and ("still" in rest or "stays" in rest), caption
         assert re.findall(rf"\b(?:{actions})\b", rest) == [], caption
-    else:
-        action = None
-        second = re.search(rf"at the \w+ \w+ (?:there is )?an? {OBJECT}|{OBJECT} at the", caption)
-        assert second
-        found = re.search(OBJECT, caption.replace(second.group(), ""))
-        assert found
-        main = list(found.groups())
-    colour2, shape2 = [word for word in second.groups() if word][-2:]
-    return Facts(*main, MEANINGS[action] if action else None, colour2, shape2, place[1], background[1])
+        colour2, shape2 = [word for word in second.groups() if word][-2:]
+        return Facts(*main, MEANINGS[action], colour2, shape2, place[1], background[1])
+    (main,) = re.findall(OBJECT, caption)
+    return Facts(*main, None, "", "", place[1], background[1])
 
 
 def read_list(folder: Path, name: str) -> list[dict[str, Any]]:

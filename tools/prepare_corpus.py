@@ -58,11 +58,11 @@ def prepare(data: Path | None, media_root: Path | None, out: Path, clips: int, w
     remember_source(out, {"data": str(data), "media_root": str(media_root), "clips": None if data else clips})
     if data is None:
         data = out / "corpus"
-        render_corpus(ToyConfig(clips=clips, images=clips // 16, test_clips=128), data, workers=workers)
+        render_corpus(ToyConfig(clips=clips, images=max(BATCH, clips // 4), test_clips=128), data, workers=workers)
     source = describe_source(data, media_root)
     if source.kind == "lists":
-        train = [shards_of(source, source.train, out / "shards" / "train", workers)]
-        test = [shards_of(source, source.test, out / "shards" / "test", workers)] if source.test else []
+        parts = (filled(source.train), filled(source.test))
+        train, test = ([shards_of(source, one, out / "shards", workers) for one in lists] for lists in parts)
     else:
         train, test = list(source.train), list(source.test)
         for folder in (*train, *test):
@@ -99,10 +99,16 @@ def remember_source(out: Path, source: dict) -> None:
     note.write_text(json.dumps(source))
 
 
-def shards_of(source: Source, lists: Sequence[Path], folder: Path, workers: int) -> Path:
-    """Builds the shards of ``lists`` in ``folder``, unless they are there."""
+def filled(lists: Sequence[Path]) -> Sequence[Path]:
+    """The lists without the empty ones; all of them where all are empty, which building then says."""
+    return [one for one in lists if next(iter(read_lists([one])), None)] or lists
+
+
+def shards_of(source: Source, one: Path, shards: Path, workers: int) -> Path:
+    """Builds the shards of a list in a folder of its name, unless they are there."""
+    folder = shards / one.stem
     if not folder.exists():
-        print(build(lists, source.media_root, folder, workers=workers, progress=True))
+        print(build([one], source.media_root, folder, workers=workers, progress=True))
     return folder
 
 

@@ -1,14 +1,16 @@
 """The built-in corpus: rendered clips of two shapes, true captions, questions and choices; nothing to download.
 
-A *scene* holds one main object, which moves (or grows, appears, turns back ...), and one second object, which stays in
-a corner. Colours, shapes, corner and background show in any single frame; direction, order and appearing need several.
+The *scene* of a clip holds one main object, which moves (or grows, appears, turns back ...), and one second object,
+which stays in a corner. Colours, shapes, corner and background show in any single frame; direction, order and appearing
+need several. An image shows one object in a corner: what words mean is learnt there sooner than where two objects share
+them.
 About half of the clips hide a quarter of their frames behind grey *distractors*, so that it matters which frames are
 chosen.
 
-Train and test share no *appearance*, the tuple (colour, shape, second colour, second shape, place): every appearance
-belongs to one of the two by a stable hash, for clips and for images. A *combination* is an appearance and a motion, so
-the splits share no combination either, and every combination is used once before any is used again. Size and background
-are drawn freely.
+Train and test clips share no *appearance*, the tuple (colour, shape, second colour, second shape, place): every
+appearance belongs to one of the two by a stable hash. A *combination* is an appearance and a motion, so the splits
+share no combination either, and every combination is used once before any is used again. Size and background are drawn
+freely.
 
 Every random number of clip ``i`` comes from Philox generators keyed by (seed, split, i): a clip is the same bit for
 bit whatever the size of the corpus and the number of workers.
@@ -35,7 +37,7 @@ from smaug_ds.data.toy_scene import SPLITS, Split, ToyConfig, scene_generator
 from smaug_ds.data.toy_words import Words, vocabulary, write_words
 from smaug_ds.progress import bar
 
-FORMAT = 2  # of the rendered folder; raised whenever the same config renders other bytes
+FORMAT = 3  # of the rendered folder; raised whenever the same config renders other bytes
 PER_FOLDER = 1000
 CHUNK = 50  # clips that a worker renders at a time
 

@@ -96,14 +96,15 @@ def render_frames(config: ToyConfig, split: Split, number: int) -> np.ndarray:
     scene = draw_scene(config, split, number)
     rng = scene_generator(config.seed, split, number, purpose=3)
     still = _background(scene.background, config.size, rng)
-    colour, colour2 = (np.add(COLOURS[name], rng.uniform(-10, 10, 3)) for name in (scene.colour, scene.colour2))
-    _stamp(still, scene.shape2, colour2, *scene.centre2, SECOND_RADIUS)
+    shades = {name: np.add(COLOURS[name], rng.uniform(-10, 10, 3)) for name in (scene.colour, scene.colour2) if name}
+    if scene.shape2:
+        _stamp(still, scene.shape2, shades[scene.colour2], *scene.centre2, SECOND_RADIUS)
     count = 1 if scene.motion is None else config.frames
     frames = np.repeat(still[None], count, axis=0)
     for index, frame in enumerate(frames):
         x, y, radius = main_object(scene, index, count)
         if radius:
-            _stamp(frame, scene.shape, colour, x, y, radius)
+            _stamp(frame, scene.shape, shades[scene.colour], x, y, radius)
     if hidden := scene.distractors:
         frames[hidden.start : hidden.stop] = _distractors(len(hidden), config.size, rng)
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)

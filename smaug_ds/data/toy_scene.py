@@ -53,7 +53,7 @@ class ToyConfig:
     """What decides the bytes of a built-in corpus."""
 
     clips: int = 2000  # training clips
-    images: int = 1000  # training images
+    images: int = 1000  # training images, of one object each
     test_clips: int = 128  # held-out clips, on top of the training clips
     seed: int = 0
     size: int = 96  # height and width of the pictures, pixels, even
@@ -83,14 +83,14 @@ class Scene:
 
     colour: str
     shape: str
-    colour2: str  # the second object; its colour and its shape always differ from the main object's
+    colour2: str  # the second object, which always differs in colour and shape; both empty in an image, which has none
     shape2: str
-    place: str  # corner of the second object; the main object stays in the opposite half
+    place: str  # corner of the second object, the main object staying in the opposite half; in an image of the main one
     motion: str | None  # None in an image
     size: str | None  # of the main object; None where it grows or shrinks
     background: str
     centre: tuple[float, float]  # x, y of the main object where it does not move, in 1/96 of the side
-    centre2: tuple[float, float]  # x, y of the second object
+    centre2: tuple[float, float]  # x, y of the second object, where there is one
     distractors: range  # frames that show something unrelated
 
     def name(self) -> str:
@@ -102,7 +102,14 @@ class Scene:
 
 
 def appearances(split: Split) -> tuple[tuple[str, str, str, str, str], ...]:
-    """All (colour, shape, second colour, second shape, place) of a split; one in eight, by hash, is for test."""
+    """All (colour, shape, second colour, second shape, place) of a split; one in eight, by hash, is for test.
+
+    An image shows one object: its second colour and shape are empty, and none of its appearances is for test.
+    """
+    if split == "image_train":
+        return tuple(
+            (colour, shape, "", "", place) for colour, shape, place in itertools.product(COLOURS, SHAPES, PLACES)
+        )
     return _appearances(split == "video_test")
 
 
@@ -142,9 +149,13 @@ def draw_scene(config: ToyConfig, split: Split, number: int) -> Scene:
     size, background = str(rng.choice(list(RADII))), str(rng.choice(list(BACKGROUNDS)))
 
     corner = np.array(PLACES[place], dtype=np.float64)
+    if motion is None:
+        x, y = corner + rng.uniform(-JITTER, JITTER, size=2)
+        alone = (float(x), float(y))
+        return Scene(colour, shape, colour2, shape2, place, motion, size, background, alone, alone, range(0))
     opposite = NEAR + FAR - corner
     axis = int(rng.integers(2))  # the main object lies, or moves, in the row (0) or the column (1) free of the second
-    if motion is not None and motion.startswith(DIRECTIONS):
+    if motion.startswith(DIRECTIONS):
         axis = int(motion.startswith(("up", "down")))
     centre = opposite + rng.uniform(-JITTER, JITTER, size=2)
     centre[axis] = rng.uniform(NEAR, FAR)
@@ -154,7 +165,7 @@ def draw_scene(config: ToyConfig, split: Split, number: int) -> Scene:
     stretches = [range(start, start + length) for start in range(config.frames - length + 1)]
     stretches = [stretch for stretch in stretches if _truth_survives(motion, config.frames, stretch)]
     stretch = stretches[rng.integers(len(stretches))]
-    hidden = motion is not None and rng.random() < config.distractor_share
+    hidden = rng.random() < config.distractor_share
     return Scene(
         *(colour, shape, colour2, shape2, place, motion),
         size=None if motion in ("grow", "shrink") else size,

@@ -51,11 +51,7 @@ VIDEO_TEMPLATES = (
     "{main} {action} and there is a still {second_bare} at the {place}",
     "at the {place} there is a still {second_bare} and {main} {action}",
 )
-IMAGE_TEMPLATES = (
-    "{main} and at the {place} {second}",
-    "{second} at the {place} and {main}",
-    "there is {main} and at the {place} there is {second}",
-)
+IMAGE_TEMPLATES = ("{main} at the {place}", "at the {place} there is {main}", "there is {main} at the {place}")
 
 
 def describe(scene: Scene, template: int, wording: int) -> str:
@@ -63,7 +59,7 @@ def describe(scene: Scene, template: int, wording: int) -> str:
     templates = IMAGE_TEMPLATES if scene.motion is None else VIDEO_TEMPLATES
     return f"{templates[template]} on {scene.background}".format(
         main=_with_article(scene.name()),
-        second=_with_article(scene.name2()),
+        second=_with_article(scene.name2()) if scene.shape2 else "",
         second_bare=scene.name2(),
         place=scene.place,
         action=WORDINGS[scene.motion][wording] if scene.motion else "",
