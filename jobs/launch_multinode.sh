@@ -44,10 +44,7 @@ start() { # MODULE ARGUMENT ...
     fi
     # ssh carries a part of the environment only; the launcher adds what this file holds.
     export DS_ENV_FILE=$logs/deepspeed_env
-    {
-        env | grep -E '^(GLOO_|NCCL_|TORCH_|OMP_|DS_ACCELERATOR|CUDA_HOME)'
-        cat ~/.deepspeed_env .deepspeed_env 2>/dev/null | grep '=' # the launcher reads them only where it has no other
-    } > "$DS_ENV_FILE" || true
+    remote_settings > "$DS_ENV_FILE"
     exec setsid deepspeed --log_level error --hostfile "$HOSTS" --num_nodes "$NUM_NODES" --force_multi \
         --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-$(open_port 29500)}" "${rank_logs[@]}" --module "$@"
 }

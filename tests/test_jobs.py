@@ -28,6 +28,12 @@ def bash(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def test_other_hosts_get_settings_and_nothing_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("# NCCL_IB_DISABLE=1\n\n=x\nNCCL_IB_HCA=mlx5")  # no newline at its end
+    done = bash("NCCL_DEBUG=INFO remote_settings", HOME=str(tmp_path), SECRET="no", NCCL_SOCKET_IFNAME="eth0")
+    assert sorted(done.stdout.splitlines()) == ["NCCL_DEBUG=INFO", "NCCL_IB_HCA=mlx5", "NCCL_SOCKET_IFNAME=eth0"]
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash(path: Path) -> None:
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,9 @@ def test_weights_that_fit_are_told_without_reading_them(
     assert re.fullmatch(r".*: \d+ weights taken, missing: none, unused: none", asked.notes[0]), asked.problems
     (tmp_path / "run" / "checkpoints" / "step_3").mkdir(parents=True)  # the run goes on from it
     assert look([*own, "model.projection=48"]).notes == []
+    shutil.rmtree(start)  # and has no need of these any more
+    found = look(own)
+    assert not any("init_from" in problem for problems in found.problems.values() for problem in problems)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from smaug_ds.data.index import ShardIndex
 from smaug_ds.data.mixture import training_folders
 from smaug_ds.engine import checkpoint
 from smaug_ds.engine.finetuning import FinetuneConfig
-from smaug_ds.engine.outline import parameters, starting_weights
+from smaug_ds.engine.outline import parameters, source_of_weights, starting_weights
 from smaug_ds.engine.resume import flat
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.model.smaug import ModelConfig
@@ -67,9 +67,9 @@ class Needs:
             files += [("questions.train", path) for path in asked.train]
             files += [("questions.test", path) for path in asked.test]
             files += [("questions.answer_list", path) for path in [asked.answer_list] if path]
-        if config.run.init_from:
+        if source := source_of_weights(config):
             with naming("run.init_from"):
-                files += [("run.init_from", path) for path in marks_of(checkpoint.find(config.run.init_from))]
+                files += [("run.init_from", path) for path in marks_of(checkpoint.find(source))]
         folder = Path(config.run.folder)
         present = len(list((folder / "checkpoints").glob("step_*")))
         return cls(

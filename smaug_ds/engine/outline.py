@@ -18,14 +18,19 @@ from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.text import Tokenizer
 
 
+def source_of_weights(config: PretrainConfig) -> str | None:
+    """``run.init_from``, or None where the run goes on from a checkpoint and has weights of its own."""
+    goes_on = checkpoint.resumable(Path(config.run.folder) / "checkpoints")
+    return None if goes_on else config.run.init_from
+
+
 def starting_weights(config: PretrainConfig) -> str:
     """What the run takes of ``run.init_from``, told by the header of the weights alone; empty where it takes nothing.
 
     Raises ConfigError where they do not fit the model.
     """
-    source = config.run.init_from
-    if not source or checkpoint.resumable(Path(config.run.folder) / "checkpoints"):
-        return ""  # a run that goes on has weights of its own
+    if not (source := source_of_weights(config)):
+        return ""
     task = TASKS[config.task] if isinstance(config, FinetuneConfig) else RetrievalTask
     with naming("run.init_from"):
         require_vision(source, config.model)

@@ -34,8 +34,8 @@ class TemporalEncoder(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(width, config.heads) for _ in range(config.depth))
 
     def init_weights(self) -> None:
-        """Positions a third of what a token holds, so that order shows; blocks silent: but for that, the multi-frame
-        stage starts with what the single-frame stage has learnt."""
+        """Positions a fifth of what a token holds (root mean square), so that order shows; blocks silent: but for
+        that, the multi-frame stage starts with what the single-frame stage has learnt."""
         with torch.no_grad():
             self.position_embedding.copy_(0.3 * waves(*self.position_embedding.shape))
         for block in self.blocks:
