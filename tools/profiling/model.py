@@ -132,7 +132,7 @@ def fits(config: StepConfig, batch: int) -> bool:
 
 
 def peak_of(config: StepConfig) -> float:
-    """Operations a second of the fastest matrix product on this process's device, in the dtype of the step's."""
+    """Operations a second of the fastest matrix product on this process's device, in the step's own dtype."""
     dtypes = {"fp32": torch.float32, "fp16": torch.float16}
     return matrix_peak(dtypes.get(config.computed_dtype, torch.bfloat16), distributed.device())
 
