@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from smaug_ds.config import ConfigError
 from tools.profiling.loader import Demand, advise, demand_of_run, share_waiting, workers_for
 from tools.profiling.machine import family, use
-from tools.profiling.rates import compare
 from tools.profiling.stages import NvdecRate, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,12 +71,6 @@ def test_index_tells_each_rank_and_the_shuffle(tmp_path: Path) -> None:
     assert figures["shuffle"]["image"]["sets_per_batch"] == 5
 
 
-def test_without_decord_the_comparison_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "decord", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match=r"--against decord: .*pip install"):
-        compare([], 1, 1.0, Path())
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -132,6 +124,23 @@ def test_demand_of_a_run_leaves_its_wait_out(tmp_path: Path) -> None:
     assert demand_of_run(tmp_path) == Demand(pytest.approx(320), pytest.approx(0.1))
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no logged step"):
+        demand_of_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            '{"step": 1, "samples_per_second": 2.0}\n',
+            "phases of the last logged step take 0 s without seconds_per_step/data",
+        ),
+        ('{"samples_per_second": 2.0, "seconds_per_step/data": 0.3}\n', "phases of the last logged step take 0 s"),
+        ('{"step": 1}\n7\n', "line 2: expected a JSON object, found 7"),
+    ],
+)
+def test_metrics_that_tell_no_demand(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=expected):
         demand_of_run(tmp_path)
 
 

@@ -19,11 +19,16 @@ from torch import nn
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError, parse
 from smaug_ds.engine.compiled import compile_static
+from smaug_ds.engine.deepspeed import load_json
 from smaug_ds.engine.objectives import Pretraining
+from smaug_ds.losses import LossConfig
 from smaug_ds.model.smaug import SmaugModel
+from smaug_ds.planner.calibration import rows, speed
+from smaug_ds.planner.cluster import ClusterConfig, Machine
+from smaug_ds.planner.memory import Precision
 from smaug_ds.text import IGNORED, Tokenizer
 from tests.models import VOCABULARY, small_config
-from tools.profiling import ablation, compare
+from tools.profiling import ablation, compare, model
 from tools.profiling import step as profiling_step
 from tools.profiling.ablation import ROWS, TABLES, Row, forward_flops
 from tools.profiling.captions import MSRVTT, draw_lengths
@@ -31,7 +36,7 @@ from tools.profiling.model import ProfileConfig, count_flops, largest
 from tools.profiling.model import main as profile
 from tools.profiling.report import Bar, Report, draw, table
 from tools.profiling.step import Step, StepConfig, random_batch
-from tools.profiling.turns import External, Spread, Timing, _load, _serve, executed_flops
+from tools.profiling.turns import External, Facts, Spread, Timing, _load, _serve, executed_flops
 
 CONTRACT = {  # what tools/plan_run.py reads
     *("what", "size", "frames", "frames_kept", "batch", "dtype", "device", "world_size", "caption_tokens_mean"),
@@ -168,12 +173,51 @@ def test_a_compiled_step_has_the_same_loss_and_its_arithmetic_is_counted(
 
 
 def test_settings_that_do_not_go_together() -> None:
-    with pytest.raises(ConfigError, match=r"mask_ratio is 0.0, which masks none of the 16 patches.*loss.mvm=0"):
+    with pytest.raises(ConfigError, match=r"mask_ratio is 0.0, which masks none of the 16 patches.*set loss.mvm to 0"):
         StepConfig(model=small_config(mask_ratio=0.0))
     with pytest.raises(ConfigError, match="dtype is bf16: set dtype=deepspeed"):
         small(deepspeed="ds_configs/cpu.json")
     with pytest.raises(ConfigError, match="batch is 0"):
         dataclasses.replace(small(), batch=0)
+    with pytest.raises(ConfigError, match=r"loss\.mvm are all 0: nothing to learn"):
+        small(loss=LossConfig(vtc=0, vtm=0, mlm=0, mvm=0))
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "product"),
+    [
+        ({}, "fp32", torch.float32),
+        ({"bf16": {"enabled": False}}, "fp32", torch.float32),
+        ({"bf16": {"enabled": True}}, "deepspeed", torch.bfloat16),
+        ({"fp16": {"enabled": True}}, "fp16", torch.float16),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "bf16", torch.bfloat16),
+        (None, "deepspeed", torch.bfloat16),  # the default, ds_configs/cpu_bf16.json
+    ],
+)
+def test_a_step_of_an_engine_is_held_against_what_its_json_computes_in(
+    engine: dict[str, Any] | None, dtype: str, product: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "engine.json"
+    if engine is not None:
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **engine}))
+    config = small(dtype="deepspeed", deepspeed="" if engine is None else str(path))
+    peak = Mock(return_value=4.0)
+    monkeypatch.setattr(model, "matrix_peak", peak)
+    assert model.peak_of(config) == 4.0
+    assert peak.call_args.args[0] is product
+    facts, timing = Facts("cpu", flops=2.0, peak_bytes=1, caption_tokens=12.0), Timing([[1.0]], [])
+    measured = model.record(config, timing, facts, 4.0)
+    assert measured["dtype"] == dtype
+    precision = Precision.of(load_json(config.deepspeed or profiling_step.BF16_ENGINE))
+    machine = Machine.of(ClusterConfig(device="cpu"), calibrated=True)
+    assert "not measured" not in speed(rows({"measured": [measured]}, "FILE"), machine, "tiny", 1, 1, precision).source
+
+
+def test_the_answer_decoder_has_a_row_of_its_own() -> None:
+    counts = model.count_parameters(dataclasses.replace(small_config(), answer_layers=1))
+    without = model.count_parameters(small_config())
+    assert {**without, "answer decoder": counts["answer decoder"]} == counts
+    assert counts["answer decoder"] > 0
 
 
 # ---- what is counted

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from smaug_ds.config import parse
+from smaug_ds.config import ConfigError, parse
 from smaug_ds.engine.monitor import PHASES
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.planner.calibration import rows, speed
@@ -104,7 +104,47 @@ def test_train_runs_two_ranks_from_rendered_shards(tmp_path: Path, capfd: pytest
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        ([], None),
+        (["data.train=[]"], None),
+        (["--data", "/a", "--data", "/b"], ("/a", "/b")),
+        (["data.train=[/a, /b]"], ("/a", "/b")),
+        (["data={train: [/a]}"], ("/a",)),
+        (["data.corpus=/c.yaml"], "/c.yaml"),
+    ],
+)
+def test_clips_are_rendered_only_where_no_data_are_named(
+    arguments: list[str], expected: tuple[str, ...] | str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[Path] = []
+    started: list[PretrainConfig] = []
+
+    def render(folder: Path, *_: object) -> None:
+        folder.mkdir()
+        (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]) + "\n")
+        rendered.append(folder)
+
+    def start(ranks: int, settings: list[str], steps: int) -> None:
+        started.append(parse(PretrainConfig, None, settings))
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(train, "render_corpus", render)
+    monkeypatch.setattr(train, "run_ranks", start)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        train.main([*arguments, "model.size=tiny"], "train")
+    data = started[0].data
+    assert len(rendered) == (expected is None)
+    if rendered:
+        expected = (f"{rendered[0]}/video",)
+        assert data.tokenizer == f"{rendered[0]}/vocab.txt"
+    assert (data.train or data.corpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
         (["--ranks", "0"], "--ranks is 0"),
+        (["--data", "/a", "data.train=[/b]"], '--data /a and data.train=["/b"]: give one of them'),
+        (["--data", "/a", "data.corpus=/c.yaml"], "--data /a and data.corpus=/c.yaml: give one of them"),
         (["run.max_steps=3"], "run.max_steps cannot be set here"),
         (["--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder nowhere"),
         (["--ranks", "2", "batch.global_size=9"], "batch.global_size is 9, not a multiple of 16"),

@@ -21,6 +21,7 @@ from smaug_ds.evaluation.retrieval import RetrievalConfig
 from smaug_ds.losses import LossConfig
 from smaug_ds.model.smaug import ModelConfig
 from smaug_ds.model.sparsify import visible_count
+from smaug_ds.model.vision import VisionConfig
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,18 @@ class PretrainConfig:
     evaluation: RetrievalConfig = field(default_factory=RetrievalConfig)
 
     def __post_init__(self) -> None:
-        loss, vision = self.loss, self.model.vision
-        if not (loss.vtc or loss.vtm or loss.mlm or loss.mvm):
-            raise ConfigError("loss.vtc, loss.vtm, loss.mlm and loss.mvm are all 0: nothing to learn; raise one")
-        if loss.mvm and visible_count(vision.patches, vision.mask_ratio) == vision.patches:
-            raise ConfigError(
-                f"model.vision.mask_ratio is {vision.mask_ratio}, which masks none of the {vision.patches} patches, "
-                f"but loss.mvm is {loss.mvm}: raise model.vision.mask_ratio or set loss.mvm to 0"
-            )
+        require_objective(self.loss, self.model.vision)
+
+
+def require_objective(loss: LossConfig, vision: VisionConfig) -> None:
+    """Raises ConfigError where no objective has a weight, or that of masked patches has one and none is masked."""
+    if not (loss.vtc or loss.vtm or loss.mlm or loss.mvm):
+        raise ConfigError("loss.vtc, loss.vtm, loss.mlm and loss.mvm are all 0: nothing to learn; raise one")
+    if loss.mvm and visible_count(vision.patches, vision.mask_ratio) == vision.patches:
+        raise ConfigError(
+            f"model.vision.mask_ratio is {vision.mask_ratio}, which masks none of the {vision.patches} patches, "
+            f"but loss.mvm is {loss.mvm}: raise model.vision.mask_ratio or set loss.mvm to 0"
+        )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from smaug_ds.model.smaug import ModelConfig, SmaugModel
 from smaug_ds.planner.flops import Captions, Step, step_flops
 from smaug_ds.planner.memory import Precision
 from tools.planning.corpus import with_vocabulary
+from tools.profiling.command import require_writable
 from tools.profiling.machine import announce
 
 CAPTION = 12  # tokens of every caption
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str], program: str) -> int:
         autocast = Precision.of(load_json(config.run.deepspeed)).activation_bytes == 2
         if ranks < 1:
             raise ConfigError(f"--ranks is {ranks}: it must be at least 1")
+        if args.json:
+            require_writable(f"--json {args.json}", args.json)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

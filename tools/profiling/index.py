@@ -11,6 +11,7 @@ run's ``data`` section: ``shuffle_group=16``.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import tempfile
@@ -24,22 +25,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from smaug_ds.config import parse, to_dict
+from smaug_ds.config import ConfigError, parse, to_dict
 from smaug_ds.data.config import DataConfig
+from smaug_ds.data.dali import choose_decoder
 from smaug_ds.data.loader import TrainLoader
 from smaug_ds.data.mixture import Mixture, open_mixture
 from smaug_ds.data.order import Order
 from smaug_ds.data.quarantine import Ledger
-from smaug_ds.data.sample import BatchShape, Medium
+from smaug_ds.data.sample import MEDIA, BatchShape, Medium
 from smaug_ds.text import Tokenizer, train_vocabulary
 from tools.profiling.command import new_parser, run, write_json
 from tools.profiling.corpora import CAPTION, MANIFEST, SETS, SyntheticSet, set_of, write_corpus
 from tools.profiling.machine import announce
+from tools.profiling.processes import run_together
 
 BATCH = 32
 GLOBAL_BATCH = 1024  # of the order whose shuffle is judged
 SEED = 1
 LOOKED_UP = 20_000  # samples of each medium
+CPU = torch.device("cpu")  # where the ranks have their batches
+_GRACE = 1.0  # seconds after which a failed rank is given up by the others, which wait for it
 SHAPE = BatchShape(frames=4, image_size=224, patches=196, max_text_length=32, mlm_probability=0.15)
 
 
@@ -85,14 +90,21 @@ def main(arguments: Sequence[str], program: str) -> None:
 
 def _figures(args: argparse.Namespace) -> dict[str, Any]:
     config = parse(DataConfig, None, args.overrides)
+    choose_decoder(config.decoder, CPU)  # which every rank would refuse by itself
     told = announce(to_dict(config))
     with tempfile.TemporaryDirectory(prefix="profile.") as name:
         folder = Path(name)
+        config = replace(config, corpus=str(folder / MANIFEST), tokenizer=str(folder / "vocab.txt"))
         began = time.perf_counter()
         sets = write_corpus(folder, args.samples, args.shards, filled=True)
         train_vocabulary([CAPTION], 1000, folder / "vocab.txt")
-        config = replace(config, corpus=str(folder / MANIFEST), tokenizer=str(folder / "vocab.txt"))
         mixture = open_mixture(config)
+        images, videos = (sum(mixture.sizes()[medium]) for medium in MEDIA)
+        if not (images and videos):
+            raise ConfigError(
+                f"--samples is {args.samples}: with holdout={config.holdout} that leaves {images} images and {videos} "
+                "videos to train on, and at least 1 of each is needed: raise --samples"
+            )
         put_first_batch(sets, mixture, mixture.order(BATCH, SEED, config.shuffle_group), BATCH)
         size = sum(path.stat().st_size for path in folder.glob("*/index/*"))
         print(
@@ -101,7 +113,7 @@ def _figures(args: argparse.Namespace) -> dict[str, Any]:
         )
         ranks = _measure_ranks(config, folder, args.ranks)
         order = mixture.order(GLOBAL_BATCH, SEED, config.shuffle_group)
-        shuffles = {medium: shuffle_quality(order, mixture, medium) for medium in ("image", "video")}
+        shuffles = {medium: shuffle_quality(order, mixture, medium) for medium in MEDIA}
     _print(ranks, shuffles, config)
     judged = {medium: asdict(shuffle) for medium, shuffle in shuffles.items()}
     return {**told, "figures": {"ranks": ranks, "shuffle": judged}}
@@ -133,20 +145,14 @@ def fill_records(
 
 def _measure_ranks(config: DataConfig, folder: Path, ranks: int) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
-    together, results = context.Barrier(ranks), context.SimpleQueue()
-    processes = [
-        context.Process(target=_rank, args=(config, folder / str(rank), together, results)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    figures = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return figures
+    together = context.Barrier(ranks)
+    files = [folder / f"{rank}.json" for rank in range(ranks)]
+    run_together([context.Process(target=_rank, args=(config, file, together)) for file in files], _GRACE)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def _rank(config: DataConfig, folder: Path, together: Barrier, results: Any) -> None:
-    """What one rank measures; all open at the same time and look at their memory while all have it open."""
+def _rank(config: DataConfig, file: Path, together: Barrier) -> None:
+    """Writes what one rank measures; all open at the same time and look at their memory while all have it open."""
     before = Memory.now()
     together.wait()
     began = time.perf_counter()
@@ -156,23 +162,22 @@ def _rank(config: DataConfig, folder: Path, together: Barrier, results: Any) -> 
     after = Memory.now()
     together.wait()
     order = mixture.order(BATCH, SEED, config.shuffle_group)
-    ledger, cpu = Ledger(folder, rank=0), torch.device("cpu")
+    ledger = Ledger(file.with_suffix(""), rank=0)
     began = time.perf_counter()
     tokenizer = Tokenizer(config.tokenizer)
-    with TrainLoader(mixture.corpus, order, tokenizer, config, SHAPE, SEED, BATCH, 1, cpu, ledger) as loader:
+    with TrainLoader(mixture.corpus, order, tokenizer, config, SHAPE, SEED, BATCH, 1, CPU, ledger) as loader:
         next(iter(loader))
         first_batch = time.perf_counter() - began
     together.wait()
-    results.put(
-        {
-            "opening_seconds": opening,
-            "memory_before": asdict(before),
-            "memory_after": asdict(after),
-            "first_batch_seconds": first_batch,
-            "lookup_microseconds": {medium: _time_lookups(mixture, order, medium) for medium in ("image", "video")},
-            "memory_end": asdict(Memory.now()),
-        }
-    )
+    figures = {
+        "opening_seconds": opening,
+        "memory_before": asdict(before),
+        "memory_after": asdict(after),
+        "first_batch_seconds": first_batch,
+        "lookup_microseconds": {medium: _time_lookups(mixture, order, medium) for medium in MEDIA},
+        "memory_end": asdict(Memory.now()),
+    }
+    write_json(file, figures)
 
 
 def _time_lookups(mixture: Mixture, order: Order, medium: Medium) -> dict[str, dict[str, float]]:

@@ -35,7 +35,7 @@ from smaug_ds.text import Tokenizer
 from tools.profiling.command import keys_of, new_parser, run, write_json
 from tools.profiling.corpora import ClipStyle, render_corpus
 from tools.profiling.machine import announce
-from tools.profiling.rates import compare, loader_rate, soak
+from tools.profiling.rates import compare, import_decord, loader_rate, soak
 from tools.profiling.stages import Case, NvdecRate, Stage, measure, nvdec_rate
 
 _TRIMMING = {"order and index", "read", "demux, frame choice", "trim", "draws, tokens"}  # what a worker does for NVDEC
@@ -56,9 +56,14 @@ class LoaderProfile:
     clip_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch", "repeats", "seconds", "clips", "clip_seconds"):
+        for name in ("image_size", "batch", "repeats", "seconds", "clips"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if round(self.clip_seconds * ClipStyle.fps) < 1:
+            raise ConfigError(
+                f"clip_seconds is {self.clip_seconds}, which holds no frame at {ClipStyle.fps} frames/s: it must be "
+                f"at least {1 / ClipStyle.fps:.2g}"
+            )
         if not self.frames or min(self.frames) < 1:
             raise ConfigError(f"frames is {list(self.frames)}: give numbers from 1, such as [1,4]")
 
@@ -85,6 +90,8 @@ def _figures(args: argparse.Namespace) -> dict[str, Any]:
     profile = parse(LoaderProfile, None, args.overrides)
     profile = replace(profile, data=replace(profile.data, train=(*profile.data.train, *args.data)))
     wanted = _demand(args, profile.batch)
+    if args.against:
+        import_decord()  # before anything is rendered
     told = announce(to_dict(profile))
     with tempfile.TemporaryDirectory(prefix="profile.") as name:
         scratch = Path(name)
@@ -191,15 +198,23 @@ class Advice:
 def demand_of_run(run: Path) -> Demand:
     """The last logged step of a run. Its wait for data is no part of what the model needs.
 
-    Raises ValueError where the run logged none.
+    Raises ValueError where the run logged none, or one without its phases.
     """
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    logged = [line for line in map(json.loads, lines) if "samples_per_second" in line]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict):
+            raise ValueError(f"metrics.jsonl, line {number}: expected a JSON object, found {json.dumps(line)}")
+    logged = [line for line in lines if "samples_per_second" in line]
     if not logged:
         raise ValueError("metrics.jsonl holds no logged step: let the run log one, or give --step-seconds")
     last = logged[-1]
     phases = {name.removeprefix(_STEP): value for name, value in last.items() if name.startswith(_STEP)}
     whole, step = sum(phases.values()), sum(value for phase, value in phases.items() if phase != "data")
+    if not step > 0:
+        raise ValueError(
+            f"metrics.jsonl: phases of the last logged step take {step} s without {_STEP}data, so that nothing tells "
+            "what the model wants: let a step be logged with its phases, or give --step-seconds"
+        )
     return Demand(last["samples_per_second"] * whole / step, step)
 
 

@@ -132,8 +132,9 @@ def fits(config: StepConfig, batch: int) -> bool:
 
 
 def peak_of(config: StepConfig) -> float:
-    """Operations a second of the fastest matrix product on this process's device, in the dtype of the step."""
-    return matrix_peak(torch.float32 if config.dtype == "fp32" else torch.bfloat16, distributed.device())
+    """Operations a second of the fastest matrix product on this process's device, in the step's own dtype."""
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16}
+    return matrix_peak(dtypes.get(config.computed_dtype, torch.bfloat16), distributed.device())
 
 
 def record(config: StepConfig, timing: Timing, facts: Facts, peak: float) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def record(config: StepConfig, timing: Timing, facts: Facts, peak: float) -> dic
         "frames": config.model.frames,
         "frames_kept": config.model.frames_kept,
         "batch": config.batch,
-        "dtype": config.dtype,
+        "dtype": config.computed_dtype,
         "compiled": config.compile,
         "device": facts.device,
         "world_size": 1,
@@ -189,6 +190,8 @@ def parts_of(model: SmaugModel) -> dict[str, list[nn.Module]]:
         "vocabulary logits": [model.word_head],
         "projections and match head": [model.vision_projection, model.text_projection, model.match_head],
     }
+    if hasattr(model, "answers"):
+        parts["answer decoder"] = [model.answers]  # which no pre-training step runs
     return parts
 
 

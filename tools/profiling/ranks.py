@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 
-from smaug_ds.config import ConfigError
 from smaug_ds.engine.monitor import PHASES, Monitor, Stopwatch
 from tools.profiling.machine import peak_memory
+from tools.profiling.processes import run_together
 
 _COLLECTIVES = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single"),
     *("barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "monitored_barrier", "recv"),
     *("reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send"),
 )
-_TIMEOUT = 3600.0  # seconds that a run may take
 _GRACE = 30.0  # seconds that the other ranks may go on after one has failed
 
 
@@ -40,23 +39,7 @@ def run_ranks(ranks: int, settings: list[str], steps: int) -> None:
         port = probe.getsockname()[1]
     context = get_context("spawn")
     processes = [context.Process(target=_rank, args=(rank, ranks, port, settings, steps)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + _TIMEOUT
-    try:
-        running: dict[Any, Any] = {process.sentinel: process for process in processes}
-        while running and (left := deadline - time.monotonic()) > 0:
-            for sentinel in wait(list(running), timeout=left):
-                if running.pop(sentinel).exitcode:  # the others wait for it in vain
-                    deadline = min(deadline, time.monotonic() + _GRACE)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-    codes = [process.exitcode for process in processes]
-    if any(codes):
-        raise ConfigError(f"the run ended with the codes {codes} of its ranks; see above")
+    run_together(processes, _GRACE)
 
 
 def _rank(rank: int, ranks: int, port: int, settings: list[str], steps: int) -> None:

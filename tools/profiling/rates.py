@@ -180,8 +180,7 @@ def decord_rate(case: Case, seconds: float) -> Rate:
 
 
 def compare(cases: Sequence[Case], repeats: int, seconds: float, scratch: Path) -> list[dict[str, Any]]:
-    """Takes turns, ``repeats`` of each; prints every turn, medians and ratios. Raises ConfigError without decord."""
-    import_decord()
+    """Takes turns, ``repeats`` of each; prints every turn, medians and ratios."""
     figures = []
     for case in cases:
         if case.medium != "video":

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -25,9 +26,9 @@ from smaug_ds.engine.compiled import compile_static
 from smaug_ds.engine.monitor import Stopwatch
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.optim import OptimConfig, parameter_groups
+from smaug_ds.engine.train import require_objective
 from smaug_ds.losses import LossConfig
 from smaug_ds.model.smaug import ModelConfig, SmaugModel
-from smaug_ds.model.sparsify import visible_count
 from smaug_ds.text import IGNORED
 from tools.planning.corpus import BERT_VOCABULARY, ROOT
 from tools.profiling.captions import draw_lengths
@@ -61,12 +62,12 @@ class StepConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.deepspeed and self.dtype != "deepspeed":
             raise ConfigError(f"deepspeed is {self.deepspeed}, but dtype is {self.dtype}: set dtype=deepspeed")
-        vision = self.model.vision
-        if self.loss.mvm and visible_count(vision.patches, vision.mask_ratio) == vision.patches:
-            raise ConfigError(
-                f"model.vision.mask_ratio is {vision.mask_ratio}, which masks none of the {vision.patches} patches, "
-                f"but loss.mvm is {self.loss.mvm}: raise model.vision.mask_ratio or set loss.mvm=0"
-            )
+        require_objective(self.loss, self.model.vision)
+
+    @property
+    def computed_dtype(self) -> str:
+        """What the step computes in; of an engine as ``engine_dtype`` tells it, which raises ConfigError."""
+        return engine_dtype(self.deepspeed or BF16_ENGINE) if self.dtype == "deepspeed" else self.dtype
 
     @property
     def precision(self) -> str:
@@ -79,6 +80,16 @@ class StepConfig:
         text = self.model.text
         filled = dataclasses.replace(text, vocab_size=text.vocab_size or BERT_VOCABULARY)
         return dataclasses.replace(self.model, text=filled)
+
+
+def engine_dtype(path: str | Path) -> str:
+    """What the engine of a DeepSpeed JSON computes in: fp32, bf16 (autocast over fp32 weights), fp16, or deepspeed,
+    whose weights are bf16. Raises ConfigError for a JSON that cannot be used."""
+    from smaug_ds.engine.deepspeed import load_json  # takes seconds, and only a step of the engine needs it
+
+    engine = load_json(path)
+    names = {"bf16": "deepspeed", "fp16": "fp16", "torch_autocast": "bf16"}
+    return next((name for key, name in names.items() if engine.get(key, {}).get("enabled")), "fp32")
 
 
 class Step:

@@ -4,9 +4,9 @@
         [model.frames=4 model.frames_kept=2 batch.micro_size=8 data.workers=2 ...]
 
 ``smaug_ds.pretrain`` itself runs, loader, engine and loop, with the settings that are given, and ends after the steps
-that are timed, without a checkpoint. Without ``--data``, clips of 10 s and captions of 10 to 18 tokens are rendered
-first. Without ``run.deepspeed``, a CPU trains with ``ds_configs/cpu_bf16.json`` or, in fp32, ``cpu.json``, a GPU with
-``zero2_bf16.json``.
+that are timed, without a checkpoint. Without ``--data`` (or ``data.train`` or ``data.corpus``, in its place), clips of
+10 s and captions of 10 to 18 tokens are rendered first. Without ``run.deepspeed``, a CPU trains with
+``ds_configs/cpu_bf16.json`` or, in fp32, ``cpu.json``, a GPU with ``zero2_bf16.json``.
 
 Waiting for data is the loop's phase ``data`` without what it spends on the ranks' agreement. Communication is the time
 inside collectives: on a CPU of the thread that calls them, waiting for slower ranks included; on a GPU of NCCL's
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from smaug_ds import distributed
-from smaug_ds.config import ConfigError, parse, to_dict
+from smaug_ds.config import ConfigError, naming, parse, to_dict
+from smaug_ds.data.config import DataConfig
 from smaug_ds.engine.monitor import PHASES
 from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.planner.media import MediaConfig
@@ -38,6 +39,7 @@ from tools.profiling.corpora import ClipStyle, caption, render_corpus
 from tools.profiling.machine import announce
 from tools.profiling.ranks import run_ranks
 from tools.profiling.report import Bar, Report, add_files, plain, table, write
+from tools.profiling.step import engine_dtype
 from tools.profiling.turns import Spread
 
 
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str], program: str) -> None:
         help="of the weights, on a CPU (bf16 is told as deepspeed, since the engine holds them so)",
     )
     parser.add_argument("--data", action="append", default=[], metavar="FOLDER", help="indexed shards; may be repeated")
-    parser.add_argument("--clips", type=int, default=32, metavar="N", help="that are rendered without --data")
+    parser.add_argument("--clips", type=int, default=32, metavar="N", help="that are rendered without data")
     add_files(parser)
     settings = "of smaug_ds.pretrain (as model.frames=4)"
     write(*run(parser, arguments, settings, _report, {"ranks": 1, "steps": 1, "warmup": 0, "clips": 1}))
@@ -68,13 +70,16 @@ def _report(args: argparse.Namespace) -> Report:
 def train(args: argparse.Namespace, scratch: Path) -> Report:
     """Does the run and prints what a step went into. Raises ConfigError for a setting that is wrong."""
     settings = _settings(args, scratch)
+    data = parse(PretrainConfig, None, settings).data
+    rendered = not (args.data or data.train or data.corpus)
+    settings += _data_settings(args.data, data, scratch / "corpus")
     config = parse(PretrainConfig, None, settings)
     config.batch.accumulation(args.ranks)
     told = announce({**to_dict(config), "ranks": args.ranks})
-    tokens = None if args.data else _render(scratch, args.clips)
+    tokens = _render(scratch, args.clips, config) if rendered else None
     run_ranks(args.ranks, settings, args.warmup + args.steps)
     lines = [json.loads(line) for line in (scratch / "run" / "metrics.jsonl").read_text().splitlines()]
-    measured = record(config, lines[args.warmup :], args.ranks, _dtype(config), tokens)
+    measured = record(config, lines[args.warmup :], args.ranks, engine_dtype(config.run.deepspeed), tokens)
     print(tell(measured))
     return _chart(measured, told)
 
@@ -89,10 +94,6 @@ def _settings(args: argparse.Namespace, scratch: Path) -> list[str]:
         "run.deepspeed": str(_engine(args.dtype)),
         "optim.warmup_steps": "1",
     }
-    if args.data:
-        defaults["data.train"] = json.dumps(args.data)
-    else:
-        defaults |= {"data.train": f'["{scratch}/corpus/video"]', "data.tokenizer": f"{scratch}/corpus/vocab.txt"}
     needed = {
         "run.folder": str(scratch / "run"),
         "run.max_steps": str(args.warmup + args.steps + 1),
@@ -108,6 +109,22 @@ def _settings(args: argparse.Namespace, scratch: Path) -> list[str]:
     return [*settings, *args.overrides, *(f"{key}={value}" for key, value in needed.items())]
 
 
+def _data_settings(folders: list[str], data: DataConfig, rendered: Path) -> list[str]:
+    """What ``data`` lacks to train on ``folders`` of ``--data``, or on what will be rendered.
+
+    Raises ConfigError where it names others than ``folders``.
+    """
+    if data.train or data.corpus:
+        own = f"data.corpus={data.corpus}" if data.corpus else f"data.train={json.dumps(data.train)}"
+        if folders:
+            raise ConfigError(f"--data {' '.join(folders)} and {own}: give one of them")
+        return []
+    if folders:
+        return [f"data.train={json.dumps(folders)}"]
+    tokenizer = [] if data.tokenizer else [f"data.tokenizer={rendered}/vocab.txt"]
+    return [f"data.train={json.dumps([f'{rendered}/video'])}", *tokenizer]
+
+
 def _engine(dtype: str) -> Path:
     """The DeepSpeed JSON of this device and dtype."""
     name = "zero2_bf16" if _on_gpu() else "cpu" if dtype == "fp32" else "cpu_bf16"
@@ -118,21 +135,16 @@ def _on_gpu() -> bool:
     return distributed.device().type == "cuda"
 
 
-def _dtype(config: PretrainConfig) -> str:
-    engine = json.loads(Path(config.run.deepspeed).read_text(encoding="utf-8"))
-    names = {"bf16": "deepspeed", "fp16": "fp16", "torch_autocast": "bf16"}
-    return next((name for key, name in names.items() if engine.get(key, {}).get("enabled")), "fp32")
-
-
-def _render(scratch: Path, clips: int) -> float:
-    """Writes the shards, with a vocabulary as large as BERT's; returns the mean tokens of a caption."""
+def _render(scratch: Path, clips: int, config: PretrainConfig) -> float:
+    """Writes the shards, with a vocabulary as large as BERT's; returns the mean tokens of a caption in the run."""
     render_corpus(scratch / "corpus", clips, ClipStyle(), os.cpu_count() or 1)
     path = scratch / "corpus" / "vocab.txt"
     words = path.read_text(encoding="utf-8").splitlines()
     words += [f"[unused{number}]" for number in range(BERT_VOCABULARY - len(words))]
     path.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
-    lengths = Tokenizer(path).encode([caption(number) for number in range(clips)], 32).lengths
-    return sum(lengths) / clips
+    captions = [caption(number) for number in range(clips)]
+    with naming("data.tokenizer"):
+        return sum(Tokenizer(config.data.tokenizer).encode(captions, config.model.text.max_length).lengths) / clips
 
 
 def record(
