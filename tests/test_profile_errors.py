@@ -114,7 +114,7 @@ def test_an_index_without_videos_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_process_that_fails_ends_those_that_wait_for_it() -> None:
     context = get_context("spawn")
-    processes = [context.Process(target=time.sleep, args=(60,)), context.Process(target=sys.exit, args=(3,))]
+    processes = [context.Process(target=time.sleep, args=(3600,)), context.Process(target=sys.exit, args=(3,))]
     with pytest.raises(ConfigError, match=r"codes \[-9, 3\]"):
         run_together(processes, grace=0.1)
 
