@@ -29,6 +29,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+[ -n "$data" ] || [ -z "$media_root" ] || fail "--media-root $media_root is where the files of --data lie: give --data"
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1

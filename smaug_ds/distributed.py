@@ -73,7 +73,9 @@ def init(timeout_seconds: float, store: dist.Store | None = None) -> None:
             if "EADDRINUSE" not in str(error):
                 raise
             where_to = f"MASTER_PORT {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']}"
-            raise ConfigError(f"{where_to} is taken by another process: give another one") from error
+            raise ConfigError(
+                f"{where_to} is taken by another process: give another one, as deepspeed --master_port N"
+            ) from error
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         store = dist.HashStore()

@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _import(options) if options.action == "import" else _export(options)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"error: {error.filename}: {error.strerror}; is there room, and a right to write?\n")
 
 
 def _export(options: argparse.Namespace) -> None:

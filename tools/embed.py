@@ -61,13 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asker.add_argument("--top", type=int, default=10, metavar="N", help="clips for each text (default 10)")
     asker.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: in DIR/queries")
     options = parser.parse_args(arguments)
+    if options.command == "query" and options.top < 1:
+        parser.error(f"--top is {options.top}: it must be at least 1")
     try:
         if options.command == "write":
             distributed.init(TIMEOUT_SECONDS)
             data = str(Path(options.data).resolve()) if options.data else None  # a query may come from elsewhere
             write(options.checkpoint, data, options.overrides, options.out)
         else:
-            query(options.embeddings, options.texts, max(1, options.top), options.out)
+            query(options.embeddings, options.texts, options.top, options.out)
     except (ConfigError, DataError) as error:
         distributed.print_error(error)
         return 2 if isinstance(error, ConfigError) else 1

@@ -41,12 +41,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="that the run will have: they share a batch")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         settings = prepare(args.data, args.media_root, args.out, args.clips, args.workers)
         settings |= batch_sizes(settings, args.ranks)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"error: {error.filename}: {error.strerror}; choose another --out, or make room there\n")
     (args.out / "corpus.args").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
 
 
@@ -95,8 +97,17 @@ def remember_source(out: Path, source: dict) -> None:
     note = out / "source.json"
     before = json.loads(note.read_text()) if note.exists() else source
     if before != source:
-        raise ValueError(f"{out} was prepared from {before}, not from {source}: give another --out, or remove it")
+        raise ValueError(
+            f"{out} was prepared from {told(before)}, not from {told(source)}: give another --out, or remove it"
+        )
     note.write_text(json.dumps(source))
+
+
+def told(source: dict) -> str:
+    if source["clips"]:
+        return f"the built-in corpus of {source['clips']} clips"
+    root = source["media_root"]
+    return source["data"] + (f" with media in {root}" if root != "None" else "")
 
 
 def filled(lists: Sequence[Path]) -> Sequence[Path]:

@@ -170,7 +170,10 @@ def _make(
     outcome = _write_rejects(partial, plan)
     if not outcome["shards"]:
         reasons = _counted(outcome["rejects"])
-        raise ShardError(f"all {plan.samples} media files were left out ({reasons}): see {partial}/{REJECTS}")
+        where = (
+            f"; paths start at {reading.media_root}, unless --media-root says otherwise" if "missing" in reasons else ""
+        )
+        raise ShardError(f"all {plan.samples} media files were left out ({reasons}): see {partial}/{REJECTS}{where}")
     build_index(partial, workers, progress)
     write_whole(partial / REPORT, json.dumps(outcome, indent=1).encode("ascii"))
     return made

@@ -28,6 +28,7 @@ from smaug_ds.engine.deepspeed import build_engine, zero_stage
 from smaug_ds.engine.files import Retention
 from smaug_ds.engine.inspection import CHECKPOINT_BYTES
 from smaug_ds.engine.monitor import Monitor, NonFiniteError, truncate_lines
+from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.optim import Schedule
 from smaug_ds.engine.pictures import make_pictures
 from smaug_ds.engine.preempt import EXIT_CODE, StopRequest, stop_time
@@ -176,7 +177,7 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
 
     steps_told = f"{order.steps_per_epoch} steps of {order.global_batch} per epoch, {schedule.total_steps} in all"
     say(f"{len(mixture.corpus)} samples, {steps_told}; decoder {loader.decoder}")
-    if accumulation > 1 and task.name != "question_answering":
+    if accumulation > 1 and isinstance(objective, Pretraining):
         at_once = micro_size * distributed.world_size()
         say(
             f"contrastive and matching losses see batch.micro_size * ranks = {at_once} pairs at a time "

@@ -25,7 +25,9 @@ def run_together(processes: Sequence[BaseProcess], grace: float) -> None:
         running: dict[Any, BaseProcess] = {process.sentinel: process for process in processes}
         while running and (left := deadline - time.monotonic()) > 0:
             for sentinel in wait(list(running), timeout=left):
-                if running.pop(sentinel).exitcode:  # the others wait for it in vain
+                ended = running.pop(sentinel)
+                ended.join()  # before that it may have no code yet
+                if ended.exitcode:  # the others wait for it in vain
                     deadline = min(deadline, time.monotonic() + grace)
     finally:
         for process in processes:
