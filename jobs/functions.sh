@@ -57,7 +57,7 @@ enter_container() { # [srun]: fills `container` with what stands before a comman
 remote_settings() { # lines NAME=value for the hosts that are reached by ssh
     env | grep -E '^(GLOO_|NCCL_|TORCH_|OMP_|DS_ACCELERATOR|CUDA_HOME)' || true
     # The launcher reads these itself only where DS_ENV_FILE names no other, and makes a command of every line.
-    grep -hE '^[A-Za-z_][A-Za-z_0-9]*=' ~/.deepspeed_env .deepspeed_env 2>/dev/null || true
+    sed -nE 's/\r$//; s/^\s*([A-Za-z_][A-Za-z_0-9]*)\s*=\s*/\1=/p' ~/.deepspeed_env .deepspeed_env 2>/dev/null || true
 }
 
 network_settings() { # HOST ...: how the ranks of this host talk to those of the others

@@ -29,9 +29,15 @@ def bash(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_other_hosts_get_settings_and_nothing_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / ".deepspeed_env").write_text("# NCCL_IB_DISABLE=1\n\n=x\nNCCL_IB_HCA=mlx5")  # no newline at its end
+    content = "# NCCL_IB_DISABLE=1\n\n=x\n A = b=c\r\nNCCL_IB_HCA=mlx5"  # no newline at its end
+    (tmp_path / ".deepspeed_env").write_text(content)
     done = bash("NCCL_DEBUG=INFO remote_settings", HOME=str(tmp_path), SECRET="no", NCCL_SOCKET_IFNAME="eth0")
-    assert sorted(done.stdout.splitlines()) == ["NCCL_DEBUG=INFO", "NCCL_IB_HCA=mlx5", "NCCL_SOCKET_IFNAME=eth0"]
+    assert sorted(done.stdout.splitlines()) == [
+        "A=b=c",
+        "NCCL_DEBUG=INFO",
+        "NCCL_IB_HCA=mlx5",
+        "NCCL_SOCKET_IFNAME=eth0",
+    ]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     except OSError as error:
-        parser.exit(2, f"error: {error.filename}: {error.strerror}; is there room, and a right to write?\n")
+        parser.exit(
+            2, f"error: {error.filename or options.out}: {error.strerror}; --out needs room and a right to write\n"
+        )
 
 
 def _export(options: argparse.Namespace) -> None:

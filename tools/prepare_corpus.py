@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,6 +23,7 @@ from smaug_ds.data.annotations import Source, describe_source, read_lists
 from smaug_ds.data.index import Corpus, ShardIndex
 from smaug_ds.data.indexing import build_index
 from smaug_ds.data.sample import MEDIA
+from smaug_ds.data.shard import ShardError
 from smaug_ds.data.toy import ToyConfig, render_corpus
 from smaug_ds.text import train_vocabulary
 from tools.build_shards import build
@@ -30,7 +33,7 @@ BATCH = 64  # samples of a step at most
 VOCABULARY = 8000  # words at most of a vocabulary trained on the captions
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, help="folder of shards or lists, or one list; default: the built-in corpus"
@@ -40,16 +43,17 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8000, help="size of the built-in corpus")
     parser.add_argument("--ranks", type=int, default=2, help="that the run will have: they share a batch")
     parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         settings = prepare(args.data, args.media_root, args.out, args.clips, args.workers)
         settings |= batch_sizes(settings, args.ranks)
+        (args.out / "corpus.args").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     except OSError as error:
-        parser.exit(2, f"error: {error.filename}: {error.strerror}; choose another --out, or make room there\n")
-    (args.out / "corpus.args").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+        parser.exit(
+            2, f"error: {error.filename or args.out}: {error.strerror}; --out needs room and a right to write\n"
+        )
 
 
 def prepare(data: Path | None, media_root: Path | None, out: Path, clips: int, workers: int) -> dict[str, str]:
@@ -57,14 +61,16 @@ def prepare(data: Path | None, media_root: Path | None, out: Path, clips: int, w
 
     Raises ValueError when ``out`` was prepared from another source, and as the steps do.
     """
+    built_in = ToyConfig(clips=clips, images=max(BATCH, clips // 4), test_clips=128)
+    source = describe_source(data, media_root) if data else None
+    out.mkdir(parents=True, exist_ok=True)
     remember_source(out, {"data": str(data), "media_root": str(media_root), "clips": None if data else clips})
-    if data is None:
+    if not data or not source:
         data = out / "corpus"
-        render_corpus(ToyConfig(clips=clips, images=max(BATCH, clips // 4), test_clips=128), data, workers=workers)
-    source = describe_source(data, media_root)
+        render_corpus(built_in, data, workers=workers)
+        source = describe_source(data)
     if source.kind == "lists":
-        parts = (filled(source.train), filled(source.test))
-        train, test = ([shards_of(source, one, out / "shards", workers) for one in lists] for lists in parts)
+        train, test = (shards_of(source, lists, out / "shards", workers) for lists in (source.train, source.test))
     else:
         train, test = list(source.train), list(source.test)
         for folder in (*train, *test):
@@ -92,35 +98,46 @@ def batch_sizes(settings: dict[str, str], ranks: int) -> dict[str, str]:
     return {"batch.global_size": str(micro_size * ranks), "batch.micro_size": str(micro_size)}
 
 
-def remember_source(out: Path, source: dict) -> None:
-    """Writes down what ``out`` is prepared from. Raises ValueError when it was something else before."""
-    note = out / "source.json"
+def remember_source(out: Path, source: dict[str, Any]) -> None:
+    """Writes down what ``out`` is prepared from, which may change until the first shards stand there.
+
+    Raises ValueError when they are of something else.
+    """
+    note, shards = out / "source.json", out / "shards"
     before = json.loads(note.read_text()) if note.exists() else source
     if before != source:
-        raise ValueError(
-            f"{out} was prepared from {told(before)}, not from {told(source)}: give another --out, or remove it"
-        )
+        if any((folder / "index").exists() for folder in shards.glob("*") if folder.suffix != ".partial"):
+            raise ValueError(f"{out} was prepared from {told(before)}, not from {told(source)}: name another --out")
+        shutil.rmtree(shards, ignore_errors=True)  # what was begun of the other source
     note.write_text(json.dumps(source))
 
 
-def told(source: dict) -> str:
-    if source["clips"]:
+def told(source: dict[str, Any]) -> str:
+    if source["data"] == "None":
         return f"the built-in corpus of {source['clips']} clips"
     root = source["media_root"]
     return source["data"] + (f" with media in {root}" if root != "None" else "")
 
 
-def filled(lists: Sequence[Path]) -> Sequence[Path]:
-    """The lists without the empty ones; all of them where all are empty, which building then says."""
-    return [one for one in lists if next(iter(read_lists([one])), None)] or lists
+def shards_of(source: Source, lists: Sequence[Path], shards: Path, workers: int) -> list[Path]:
+    """Builds the shards of each list in a folder of its name, unless they are there; a list that yields none is told.
 
-
-def shards_of(source: Source, one: Path, shards: Path, workers: int) -> Path:
-    """Builds the shards of a list in a folder of its name, unless they are there."""
-    folder = shards / one.stem
-    if not folder.exists():
-        print(build([one], source.media_root, folder, workers=workers, progress=True))
-    return folder
+    Raises ShardError when no list yields any.
+    """
+    folders, failures = [], []
+    for one in lists:
+        folder = shards / one.stem
+        try:
+            if not folder.exists():
+                print(build([one], source.media_root, folder, workers=workers, progress=True))
+            folders.append(folder)
+        except ShardError as error:
+            failures.append(error)
+    if lists and not folders:
+        raise failures[0]
+    for error in failures:
+        print(f"left out: {error}")
+    return folders
 
 
 def find_vocabulary(data: Path, source: Source, train: Sequence[Path], out: Path) -> Path:

@@ -136,9 +136,11 @@ class _Decoder:
             self._up = True
             return None
         if not self._up:  # no sample has been touched, so none is to blame
-            ended = outcome[1] if outcome[0] == "crash" else f"it was not up after {_START_SECONDS:g} s"
+            waited = max(_START_SECONDS, self._seconds)
+            ended = outcome[1] if outcome[0] == "crash" else f"it was not up after {waited:g} s"
             raise ShardError(
-                f"{self._folder}: a decoding process does not start: {ended}; fewer --workers need less memory"
+                f"{self._folder}: a decoding process does not start: {ended}; "
+                "nothing was written; fewer --workers need less memory"
             )
         self.rows = self.rows[1:]
         if outcome[0] in ("time", "crash"):

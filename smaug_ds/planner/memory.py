@@ -196,7 +196,8 @@ def _vision(model: ModelConfig, size: int) -> float:
             total += entering * vision.width
             if vision.checkpoint_what == "cheap":
                 total += entering * (CHEAP_BLOCK - 2) * vision.width + (tokens + 1) * (vision.width + vision.mlp_width)
-                if vision.layout == "beit":  # a bias that learns takes attention apart, and its logits are a product
+                # On a CPU a bias that learns takes attention apart, and its logits are a product; GPUs have a kernel.
+                if vision.layout == "beit":
                     total += entering**2 * vision.heads
             continue
         total += _vision_layer(vision, entering, tokens + 1, size)

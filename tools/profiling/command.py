@@ -84,7 +84,7 @@ def _require_format(chart: Path) -> None:
     known = Image.registered_extensions()
     try:
         Image.new("RGB", (64, 64)).save(io.BytesIO(), known[chart.suffix.lower()])
-    except (KeyError, OSError):  # no such suffix or no writer; a writer that takes no colours or is not installed
+    except (KeyError, OSError, ValueError):  # no suffix, no writer, or one that takes no colours or is not installed
         raise ConfigError(
             f"--png {chart}: a chart cannot be written as {chart.suffix or 'a file without suffix'}: name it .png"
         ) from None

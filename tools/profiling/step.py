@@ -88,7 +88,12 @@ def engine_dtype(path: str | Path) -> str:
     from smaug_ds.engine.deepspeed import load_json  # takes seconds, and only a step of the engine needs it
 
     engine = load_json(path)
-    names = {"bf16": "deepspeed", "fp16": "fp16", "torch_autocast": "bf16"}
+    cast = str(engine.get("torch_autocast", {}).get("dtype", "bfloat16")).removeprefix("torch.")
+    names = {
+        "bf16": "deepspeed",
+        "fp16": "fp16",
+        "torch_autocast": {"float16": "fp16", "half": "fp16"}.get(cast, "bf16"),
+    }
     return next((name for key, name in names.items() if engine.get(key, {}).get("enabled")), "fp32")
 
 

@@ -80,6 +80,9 @@ def read_benchmark(
     return dataclasses.replace(benchmark, notes=tuple(notes))
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+
+
 def layout_of(path: Path) -> str:
     """The layout of a file: a key of ``formats.READERS``, or "ids", "answers", "predictions", "no rows".
 
@@ -98,9 +101,12 @@ def layout_of(path: Path) -> str:
     columns = head.split("\n", 1)[0].strip().split(",")
     if set(MSRVTT_COLUMNS) <= set(columns):
         return "msrvtt_csv"
-    # bytes that are no UTF-8 and control characters are not printable: a list of ids has neither
-    readable = all(line.replace("\t", " ").isprintable() for line in head.splitlines())
-    if head and readable and all(len(line.split()) <= 1 and "," not in line for line in head.splitlines()):
+    # What is not UTF-8 is told when the ids are read; a list of them has no control characters.
+    if (
+        head
+        and not _CONTROL.search(head)
+        and all(len(line.split()) <= 1 and "," not in line for line in head.splitlines())
+    ):
         return "ids"
     raise BenchmarkError(f"{path}: neither JSON, nor a csv with {', '.join(MSRVTT_COLUMNS)}, nor a list of ids")
 

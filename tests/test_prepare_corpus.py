@@ -1,0 +1,82 @@
+"""What a small run needs, out of any source: a shard folder for each list, and mistakes that can be mended in place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smaug_ds.data.index import ShardIndex
+from tests.toys import read_list
+from tools import prepare_corpus
+
+
+def settings(out: Path) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in (out / "corpus.args").read_text().splitlines())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        prepare_corpus.main([str(argument) for argument in arguments])
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return told
+
+
+@pytest.fixture
+def lists(toy_media: Path, tmp_path: Path) -> Path:
+    """A folder with lists of some clips and images, whose media lie elsewhere."""
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    for name, count in (("video_train", 6), ("image_train", 4), ("video_test", 3)):
+        (folder / f"{name}.json").write_text(json.dumps(read_list(toy_media, f"{name}.json")[:count]))
+    shutil.copy(toy_media / "vocab.txt", folder)
+    return folder
+
+
+def test_each_list_has_a_shard_folder_and_an_empty_one_none(lists: Path, toy_media: Path, tmp_path: Path) -> None:
+    whole = ["--data", str(lists), "--media-root", str(toy_media), "--workers", "1"]
+    prepare_corpus.main([*whole, "--out", str(tmp_path / "out")])
+    found = settings(tmp_path / "out")
+    counts = {Path(folder).name: len(ShardIndex.open(folder)) for folder in json.loads(found["data.train"])}
+    assert counts == {"video_train": 6, "image_train": 4}
+    assert [Path(folder).name for folder in json.loads(found["data.test"])] == ["video_test"]
+    assert (found["batch.global_size"], found["batch.micro_size"]) == ("4", "2")  # as many as there are images
+
+    (lists / "image_train.json").write_text("[]")
+    prepare_corpus.main([*whole, "--out", str(tmp_path / "fewer")])
+    assert [Path(folder).name for folder in json.loads(settings(tmp_path / "fewer")["data.train"])] == ["video_train"]
+
+
+def test_a_mistake_in_the_source_can_be_mended_with_the_same_out(
+    lists: Path, toy_media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", tmp_path / "out", "--workers", "1"]
+    assert "does not exist" in refused(capsys, "--data", tmp_path / "nowhere", *out)
+    assert "toy.clips is 0" in refused(capsys, "--clips", "0", *out)
+    told = refused(capsys, "--data", lists, *out)
+    assert "media files were left out (missing " in told
+    assert f"paths start at {lists}, unless --media-root" in told
+    prepare_corpus.main([str(argument) for argument in ("--data", lists, "--media-root", toy_media, *out)])
+    told = refused(capsys, "--clips", "64", *out)
+    where = f"{lists} with media in {toy_media}"
+    assert f"was prepared from {where}, not from the built-in corpus of 64 clips: name another --out" in told
+
+
+def test_want_of_room_names_the_folder(
+    lists: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = tmp_path / "file", tmp_path / "out"
+    file.write_text("")
+    assert f"{file}: File exists; --out needs" in refused(capsys, "--data", lists, "--out", file)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare_corpus, "build", full)
+    told = refused(capsys, "--data", lists, "--out", out)
+    assert told == f"error: {out}: No space left on device; --out needs room and a right to write"
