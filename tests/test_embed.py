@@ -121,6 +121,8 @@ def test_written_twice_changes_nothing(run_folder: Path, written: Path, capsys: 
     other = ["write", "--checkpoint", str(run_folder), "--out", str(written), "model.frames=3"]
     assert embed.main(other) == 2
     assert "name another --out" in capsys.readouterr().err
+    assert embed.main(["write", "--checkpoint", str(run_folder), "--out", f"{__file__}/below"]) == 2
+    assert "below cannot be made (Not a directory): name another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lived", [1, 3])

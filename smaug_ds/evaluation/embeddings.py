@@ -115,8 +115,8 @@ def write_embeddings(
     Args:
         facts: what was embedded with which weights, for the manifest. Whatever differs makes another ``out``.
 
-    Raises ConfigError when ``out`` holds embeddings of something else, DataError when a data worker dies or a shard is
-    not what was indexed.
+    Raises ConfigError when ``out`` cannot be made or holds embeddings of something else, DataError when a data worker
+    dies or a shard is not what was indexed.
     """
     every = Rows(corpus)
     with distributed.agreeing(ConfigError):
@@ -185,7 +185,10 @@ def _open_store(out: Path, every: Rows, size: int, facts: Mapping[str, Any]) -> 
             if found.get(name) != value:
                 raise ConfigError(f"{manifest}: {name} is {found.get(name)}, but now it is {value}: name another --out")
         return json.loads((out / "progress.json").read_text(encoding="utf-8"))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made ({error.strerror}): name another --out") from error
     clips = texts = 0
     with (out / "keys.jsonl").open("w", encoding="utf-8") as keys:
         for medium in EVALUATION_ORDER:
