@@ -144,7 +144,8 @@ def test_a_port_that_is_taken_is_named(forks: Forks, toy_shards: Path, toy_media
         ranks = forks.start(RANKS, own, log, port=port)
         assert forks.wait(ranks[0], PROMISED) == 2, log.read_text()
         assert forks.wait(ranks[1], PROMISED) != 0
-    assert f"error: MASTER_PORT {port} on 127.0.0.1 is taken by another process: give another one" in errors(log)
+    where = f"MASTER_PORT {port} on 127.0.0.1"
+    assert f"error: {where} is taken by another process: give another one, as deepspeed --master_port N" in errors(log)
 
 
 @pytest.mark.slow
