@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from smaug_ds.data.index import ShardIndex
+from smaug_ds.data.shard import ShardError
 from tests.toys import read_list
 from tools import prepare_corpus
 
@@ -80,3 +81,19 @@ def test_want_of_room_names_the_folder(
     monkeypatch.setattr(prepare_corpus, "build", full)
     told = refused(capsys, "--data", lists, "--out", out)
     assert told == f"error: {out}: No space left on device; --out needs room and a right to write"
+
+
+def test_a_list_that_cannot_be_built_is_not_left_out(
+    lists: Path, toy_media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare_corpus.build
+
+    def no_room(one: list[Path], *arguments: Any, **named: Any) -> Any:
+        if one[0].stem == "video_train":
+            raise ShardError("no room")
+        return whole(one, *arguments, **named)
+
+    monkeypatch.setattr(prepare_corpus, "build", no_room)
+    own = ("--data", lists, "--media-root", toy_media, "--out", tmp_path / "out", "--workers", "1")
+    assert refused(capsys, *own) == "error: no room"
+    assert not (tmp_path / "out" / "corpus.args").exists()

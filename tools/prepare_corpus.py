@@ -19,11 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from smaug_ds.data.annotations import Source, describe_source, read_lists
+from smaug_ds.data.annotations import Source, describe_source, json_rows, read_lists
 from smaug_ds.data.index import Corpus, ShardIndex
 from smaug_ds.data.indexing import build_index
 from smaug_ds.data.sample import MEDIA
-from smaug_ds.data.shard import ShardError
 from smaug_ds.data.toy import ToyConfig, render_corpus
 from smaug_ds.text import train_vocabulary
 from tools.build_shards import build
@@ -120,23 +119,17 @@ def told(source: dict[str, Any]) -> str:
 
 
 def shards_of(source: Source, lists: Sequence[Path], shards: Path, workers: int) -> list[Path]:
-    """Builds the shards of each list in a folder of its name, unless they are there; a list that yields none is told.
+    """Builds the shards of each list in a folder of its name, unless they are there; empty lists have none.
 
-    Raises ShardError when no list yields any.
+    Raises ShardError as ``build``: a list that cannot be built is not left out, for its data would be missed.
     """
-    folders, failures = [], []
-    for one in lists:
+    filled = [one for one in lists if next(json_rows(one), None) is not None] if len(lists) > 1 else lists
+    folders = []
+    for one in filled or lists:
         folder = shards / one.stem
-        try:
-            if not folder.exists():
-                print(build([one], source.media_root, folder, workers=workers, progress=True))
-            folders.append(folder)
-        except ShardError as error:
-            failures.append(error)
-    if lists and not folders:
-        raise failures[0]
-    for error in failures:
-        print(f"left out: {error}")
+        if not folder.exists():
+            print(build([one], source.media_root, folder, workers=workers, progress=True))
+        folders.append(folder)
     return folders
 
 
