@@ -29,7 +29,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from smaug_ds import distributed
 from smaug_ds.config import ConfigError
-from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.engine.optim import OptimConfig, parameter_groups
 
 # Top-level keys and what they hold. DeepSpeed ignores a key that it does not know, so a typo would pass in silence.
@@ -180,8 +179,6 @@ def build_engine(
     Raises ConfigError for a bad JSON, see ``load_json``.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if distributed.device().type == "cpu":
-        keep_freed_memory()
     # Its shared-memory collectives would be compiled for a minute at start-up; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)

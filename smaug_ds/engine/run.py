@@ -23,6 +23,7 @@ from smaug_ds.data.quarantine import DataError, Failure, Ledger, TooManyFailures
 from smaug_ds.data.quarantine import summary as summarise
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.engine import checkpoint
+from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.engine.compiled import compile_static
 from smaug_ds.engine.deepspeed import build_engine, zero_stage
 from smaug_ds.engine.files import Retention
@@ -57,8 +58,10 @@ def run(config: C, watchdog: Watchdog, open_task: Callable[[C, Tokenizer], Task]
     when training has diverged.
     """
     # ---- environment
-    distributed.init(config.run.timeout_seconds)
     device, folder = distributed.device(), Path(config.run.folder)
+    if device.type == "cpu":
+        keep_freed_memory()  # before gloo has threads
+    distributed.init(config.run.timeout_seconds)
     with distributed.agreeing(ConfigError):
         stop_at = stop_time(config.run.wall_minutes, config.run.stop_minutes)
     stop = StopRequest(folder / "stop" if distributed.is_main() else None, stop_at).install()
