@@ -17,8 +17,8 @@ from smaug_ds.planner.flops import Step
 from smaug_ds.planner.memory import FLOAT, NEGATIVES, Negatives, Precision, gathered_elements
 
 # All-reduces of a few bytes in a micro step: that the data came, over how many pairs each of four losses is a mean,
-# that all is finite, that nobody was told to stop, the norm of the gradient.
-AGREEMENTS = 8
+# that all is finite, that nobody was told to stop, and twice for the norm of the gradient.
+AGREEMENTS = 9
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ CAPTION = 12  # tokens of every caption
 SECONDS = 4.0  # that each timing takes
 LARGE, SMALL = 8 << 20, 256  # elements of the tensors that are all-reduced
 SQUARE = 1024  # rows of the matrices whose product is the peak
+BETWEEN, TURNS = 128, 200  # rows of what is computed between small exchanges, and how often
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -110,8 +111,8 @@ def _rank(rank: int, count: int, folder: str, barrier: Any, config: PretrainConf
     # before ranks know of each other: nothing is exchanged
     times.append(_median(training_pass(config, autocast), barrier))
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", count), rank=rank, world_size=count)
-    for tensor in (torch.zeros(LARGE), torch.zeros(SMALL)):
-        times.append(_median(partial(dist.all_reduce, tensor), barrier, repeats=8))
+    times.append(_median(partial(dist.all_reduce, torch.zeros(LARGE)), barrier, repeats=8))
+    times.append(_mean_between(lambda: left[:BETWEEN] @ right, partial(dist.all_reduce, torch.zeros(SMALL))))
     Path(folder, f"{rank}.json").write_text(json.dumps(times))
     dist.destroy_process_group()
 
@@ -151,6 +152,17 @@ def noise_batch(model: ModelConfig, size: int) -> Batch:
         captions=[""] * size,
         all_captions=[("",)] * size,
     )
+
+
+def _mean_between(compute: Callable[[], object], exchange: Callable[[], object]) -> float:
+    """Mean seconds of ``exchange`` with ``compute`` between, as in a step: some ranks are late, and threads asleep."""
+    times = []
+    for _ in range(TURNS):
+        compute()
+        start = time.perf_counter()
+        exchange()
+        times.append(time.perf_counter() - start)
+    return sum(times) / TURNS
 
 
 def _median(call: Callable[[], object], barrier: Any, repeats: int = 0) -> float:
