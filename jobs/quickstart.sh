@@ -36,6 +36,19 @@ source jobs/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 began=(--started "$(date +%s)")
 
+if [ ${#overrides[@]} -gt 0 ]; then # a mistake is told before minutes are spent on the corpus
+    python - "${overrides[@]}" <<'PY' || exit 2
+import sys
+from smaug_ds.config import ConfigError, parse
+from smaug_ds.engine.train import PretrainConfig
+try:
+    for stage in (1, 2):
+        parse(PretrainConfig, f"jobs/experiments/quickstart_stage{stage}.yaml", sys.argv[1:])
+except ConfigError as error:
+    sys.exit(f"error: {error}")
+PY
+fi
+
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
     ranks=2 engine=(run.deepspeed=ds_configs/cpu.json)
 else

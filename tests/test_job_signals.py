@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def quickstart(checkout: Path) -> subprocess.Popen[str]:
-    command = ["bash", str(checkout / "jobs" / "quickstart.sh"), "--out", "out", "optim.lr=1"]
+def quickstart(checkout: Path, setting: str = "optim.lr=1") -> subprocess.Popen[str]:
+    command = ["bash", str(checkout / "jobs" / "quickstart.sh"), "--out", "out", setting]
     return subprocess.Popen(
         command,
         cwd=checkout,
@@ -86,6 +87,14 @@ def test_quickstart_goes_through_both_stages_or_leaves_with_the_code(checkout: P
     assert process.returncode == 0, output
     assert "run.init_from=" in (checkout / "out" / "stage2.launched").read_text()
     assert (checkout / "calls").read_text().splitlines()[-1].startswith("tools/report.py ")
+
+
+def test_quickstart_tells_of_a_wrong_setting_before_it_makes_a_corpus(checkout: Path) -> None:
+    (checkout / "bin" / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    process = quickstart(checkout, "optim.lrr=1")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and output.count("\n") == 1, output
+    assert output.startswith("error: command line: unknown key optim.lrr")
 
 
 def test_without_an_answer_the_end_of_a_job_is_not_midnight(tmp_path: Path) -> None:

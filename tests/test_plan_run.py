@@ -73,3 +73,27 @@ def test_wrong_settings_are_one_line(arguments: list[str], expected: str, capsys
     err = capsys.readouterr().err
     assert err.startswith(expected)
     assert err.count("\n") == 1
+
+
+SUMMARY = '{"world_size": 1, "accelerator": "cpu"}'
+
+
+@pytest.mark.parametrize(
+    ("summary", "metrics", "expected"),
+    [
+        ("[]", "", "summary.json tells no world_size"),
+        (SUMMARY, "", "metrics.jsonl holds no logged step"),
+        (SUMMARY, '{"samples_per_second": 1}\n{"samples_per', "Unterminated string"),
+        (SUMMARY, '{"samples_per_second": 1}\n{"samples_per_second": null}', "metrics.jsonl, line 2 tells no samples"),
+    ],
+)
+def test_a_damaged_run_is_named(
+    summary: str, metrics: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    (tmp_path / "summary.json").write_text(summary)
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    assert plan_run("--run", str(tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and str(tmp_path) in err and expected in err
+    assert err.count("\n") == 1

@@ -179,7 +179,7 @@ def test_an_evaluation_needs_its_checkpoint_and_what_it_searches(
         (["--benchmark", "none.json", "--media", "nowhere"], "data", "--media nowhere is not a folder"),
         (["--benchmark", "none.json", "--media", "nowhere"], "config", "--benchmark: .*none.json"),
         (["model.vision.depth=3"], "config", "was trained with model.vision.depth = 2"),
-        (["--checkpoint", "nowhere"], "config", "--checkpoint nowhere: nowhere does not exist"),
+        (["--checkpoint", "nowhere"], "config", "checkpoint nowhere: nowhere does not exist"),
     ]:
         problems = look([*asked, *more], "evaluate").problems
         assert re.search(told, " | ".join(problems[group])), problems

@@ -80,7 +80,7 @@ def test_one_that_takes_its_time_for_each_step_is_left_alone(tmp_path: Path) -> 
 def test_of_one_that_is_killed_its_witness_tells(tmp_path: Path, number: signal.Signals) -> None:
     code, errors = run(tmp_path / "logs", f"os.kill(os.getpid(), {int(number)})")
     assert code == -number
-    line = rf"{WHEN}{WHO} died after step 5 without a word: killed \(out of memory\?\) or crashed"
+    line = rf"{WHEN}{WHO} died after step 5 without a word: killed \(out of memory, or by the launcher .*\), or crashed"
     assert re.search(line, errors)
     deaths = tmp_path / "logs" / "deaths.txt"
     deadline = time.monotonic() + 10

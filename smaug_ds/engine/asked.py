@@ -31,7 +31,7 @@ def task_of(path: str) -> str:
         state = checkpoint.find(path) / checkpoint.STATE
         return json.loads(state.read_text(encoding="utf-8"))["config"].get("task", "retrieval")
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--checkpoint {path}: {error}") from error
+        raise ConfigError(f"checkpoint {path}: {error}") from error
 
 
 def run_asked(

@@ -78,7 +78,7 @@ def read_config(
         saved = [f"{key}={json.dumps(settings[key])}" for key in known]
         tokenizers = [file for name in ("tokenizer.json", "vocab.txt") if (file := folder / name).is_file()]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--checkpoint {path}: {error}") from error
+        raise ConfigError(f"checkpoint {path}: {error}") from error
     saved += [f"data.tokenizer={file}" for file in tokenizers[:1]]
     trained = parse(kind, None, saved).model
     given = dict(override.partition("=")[::2] for override in overrides)
@@ -91,7 +91,7 @@ def read_config(
     for key, value in now.items():
         if before[key] != value and key not in FREE:
             raise ConfigError(
-                f"--checkpoint {folder} was trained with model.{key} = {before[key]}, which cannot be {value} in its "
+                f"checkpoint {folder} was trained with model.{key} = {before[key]}, which cannot be {value} in its "
                 f"evaluation; what can be changed of the model: {', '.join(FREE)}"
             )
     return folder, config
@@ -122,7 +122,7 @@ def load_model(folder: Path, config: EvaluateConfig) -> tuple[SmaugModel, Tokeni
     except ConfigError:
         raise
     except (ValueError, RuntimeError) as error:  # load_state_dict raises RuntimeError with all keys and shapes
-        raise ConfigError(f"--checkpoint {folder}: {error}") from error
+        raise ConfigError(f"checkpoint {folder}: {error}") from error
     return model.to(distributed.device()).eval(), tokenizer
 
 
@@ -164,7 +164,7 @@ def identify(folder: Path) -> dict[str, Any]:
             manifest = folder / checkpoint.MANIFEST
             files = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
             if checkpoint.WEIGHTS in files and files[checkpoint.WEIGHTS]["sha256"] != digest:
-                raise ConfigError(f"--checkpoint {folder / checkpoint.WEIGHTS} is damaged: it is not what was written")
+                raise ConfigError(f"checkpoint {folder / checkpoint.WEIGHTS} is damaged: it is not what was written")
     return {
         "run": run_folder(folder).name,
         "folder": str(folder),

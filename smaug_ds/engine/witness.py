@@ -27,7 +27,10 @@ def main() -> None:
     if last == "end":
         return
     when = f"after step {last}" if last else "while it started"
-    message = f"error: {time.strftime('%F %T')} {who} died {when} without a word: killed (out of memory?) or crashed"
+    message = (
+        f"error: {time.strftime('%F %T')} {who} died {when} without a word: killed (out of memory, or by the launcher "
+        "since another rank had failed), or crashed"
+    )
     with contextlib.suppress(OSError):  # whoever read it may be gone, too
         print(message, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):

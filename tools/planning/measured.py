@@ -40,11 +40,18 @@ def row_of_run(folder: Path, media: MediaConfig) -> Measured:
     media: whose caption lengths are taken for the run's. Raises ConfigError or OSError for what is no finished run.
     """
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if not isinstance(summary, dict) or not {"world_size", "accelerator"} <= set(summary):
+        raise ConfigError(f"{folder}/summary.json tells no world_size and accelerator: it is not what a run wrote")
     config = parse(PretrainConfig, folder / "config.yaml")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not isinstance(line.get("samples_per_second"), int | float):
+            raise ConfigError(
+                f"{folder}/metrics.jsonl, line {number} tells no samples_per_second: it is not what a run wrote"
+            )
     lines = lines[len(lines) // 5 :]
     if not lines:
-        raise ConfigError("metrics.jsonl holds no logged step: let the run log one (run.log_every)")
+        raise ConfigError(f"{folder}/metrics.jsonl holds no logged step: let the run log one (run.log_every)")
     names = [name for name in lines[-1] if name.startswith(PREFIX)]
     work, ranks = work_of_run(config, lines, media), summary["world_size"]
     return Measured(
