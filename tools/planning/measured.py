@@ -46,9 +46,7 @@ def row_of_run(folder: Path, media: MediaConfig) -> Measured:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for number, line in enumerate(lines, 1):
         if not isinstance(line, dict) or not isinstance(line.get("samples_per_second"), int | float):
-            raise ConfigError(
-                f"{folder}/metrics.jsonl, line {number} tells no samples_per_second: it is not what a run wrote"
-            )
+            raise ConfigError(f"{folder}/metrics.jsonl, line {number} tells no samples_per_second: the file is damaged")
     lines = lines[len(lines) // 5 :]
     if not lines:
         raise ConfigError(f"{folder}/metrics.jsonl holds no logged step: let the run log one (run.log_every)")
