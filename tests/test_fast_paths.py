@@ -11,13 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smaug_ds.config import ConfigError
+from smaug_ds.engine import run as engine_run
 from smaug_ds.engine.allocator import keep_freed_memory
+from smaug_ds.engine.train import PretrainConfig
 from smaug_ds.model.language import MultiModalEncoder, TextConfig
 from smaug_ds.model.layers import QuickGelu, ViTBlock, attend, drop_out
 from smaug_ds.model.packing import Packing
@@ -218,3 +222,18 @@ def test_modules_keep_their_names() -> None:
         "fusion.layers.0.cross_attention.key_value.weight",
     ):
         assert name in names
+
+
+def test_a_run_keeps_memory_before_it_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def init(*_: object) -> None:
+        calls.append("group")
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(engine_run, "keep_freed_memory", lambda: calls.append("memory"))
+    monkeypatch.setattr(engine_run.distributed, "init", init)
+    monkeypatch.setattr(engine_run.distributed, "device", lambda: torch.device("cpu"))
+    with pytest.raises(ConfigError, match="far enough"):
+        engine_run.run(PretrainConfig(), Mock(), Mock())
+    assert calls == ["memory", "group"]

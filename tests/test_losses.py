@@ -36,6 +36,24 @@ def test_info_nce_equals_the_slow_loop() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("contrastive", ["info_nce", "sigmoid"])
+def test_cosines_are_not_rounded_under_autocast(contrastive: str) -> None:
+    """A temperature of 0.01 would turn bfloat16's rounding into differences of half a logit."""
+    ids, scale, bias = torch.tensor(MEDIA), torch.tensor([100.0]).log(), torch.zeros(1)
+
+    def loss_and_gradients(autocast: bool) -> list[torch.Tensor]:
+        video, text = (side.detach().float().requires_grad_() for side in embeddings())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if contrastive == "sigmoid":
+                loss = losses.vtc_sigmoid(video, text, ids, scale, bias)
+            else:
+                loss = losses.vtc(video, text, ids, scale)
+        return [loss, *torch.autograd.grad(loss, (video, text))]
+
+    for ours, theirs in zip(loss_and_gradients(True), loss_and_gradients(False), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 100])
 def test_info_nce_in_pieces_equals_the_slow_loop(rows: int) -> None:
     video, text = embeddings()

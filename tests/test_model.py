@@ -289,6 +289,18 @@ def test_wrong_image_size_is_refused() -> None:
         small_model(config).encode_frames(frames)
 
 
+def test_what_a_model_was_not_built_for_is_refused() -> None:
+    single = small_model(small_config())
+    with pytest.raises(ValueError, match=r"clips have 2 frames, but model\.frames is 1"):
+        single.encode_frames(torch.zeros(1, 2, 3, 32, 32, dtype=torch.uint8))
+    batch = random_batch(single.config, 2)
+    text = single.encode_text(batch.input_ids, batch.lengths)
+    with pytest.raises(ValueError, match=r"model\.frames_kept are both 1"):
+        single.choose_frames(single.encode_frames(batch.frames), text)
+    with pytest.raises(ValueError, match=r"model\.answer_layers is 0"):
+        single.answer(batch.input_ids, batch.lengths, text.states, text.packing)
+
+
 def test_mask_ratio_zero_cannot_reconstruct() -> None:
     config = small_config(mask_ratio=0.0)
     batch = random_batch(config, 2)

@@ -75,16 +75,21 @@ def test_wrong_settings_are_one_line(arguments: list[str], expected: str, capsys
     assert err.count("\n") == 1
 
 
+PHASE = '"samples_per_second": 1, "seconds_per_step/data":'
 SUMMARY = '{"world_size": 1, "accelerator": "cpu"}'
 
 
 @pytest.mark.parametrize(
     ("summary", "metrics", "expected"),
     [
-        ("[]", "", "summary.json tells no world_size"),
+        ("[]", "", "summary.json is damaged: it holds a list"),
+        ('{"world_size": 0, "accelerator": "cpu"}', "", "summary.json tells world_size 0 and accelerator cpu"),
         (SUMMARY, "", "metrics.jsonl holds no logged step"),
-        (SUMMARY, '{"samples_per_second": 1}\n{"samples_per', "Unterminated string"),
-        (SUMMARY, '{"samples_per_second": 1}\n{"samples_per_second": null}', "metrics.jsonl, line 2 tells no samples"),
+        (SUMMARY, '{"samples_per_second": 1}\n{"samples_per', "line 2 of metrics.jsonl is damaged"),
+        (SUMMARY, '{"samples_per_second": 1}\n{"samples_per_second": null}', "line 2 of metrics.jsonl tells samples"),
+        (SUMMARY, '{"samples_per_second": NaN}', "line 1 of metrics.jsonl tells samples_per_second nan"),
+        (SUMMARY, f"{{{PHASE} null}}\n{{{PHASE} 0.5}}", "line 1 of metrics.jsonl tells seconds_per_step/data None"),
+        (SUMMARY, '{"samples_per_second": 1}', "metrics.jsonl: none of 1 lines has loss/image"),
     ],
 )
 def test_a_damaged_run_is_named(
@@ -95,5 +100,5 @@ def test_a_damaged_run_is_named(
     (tmp_path / "metrics.jsonl").write_text(metrics)
     assert plan_run("--run", str(tmp_path)) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and str(tmp_path) in err and expected in err
+    assert err.startswith(f"error: --run {tmp_path}: {expected}")
     assert err.count("\n") == 1

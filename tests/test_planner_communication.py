@@ -21,15 +21,16 @@ from tests.plans import BF16, FP32, ROOT, sized
 from tests.ranks import run_ranks
 
 
-def engine_step(path: str) -> tuple[float, int]:
-    """On a rank: bytes that leave it in an optimizer step of two micro steps, and those of its checkpoint on disk."""
+def engine_step(path: str) -> tuple[float, int, int]:
+    """On a rank: bytes that leave it in an optimizer step of two micro steps, in how many collectives, and the bytes of
+    its checkpoint on disk."""
     import torch.distributed as dist
 
     from smaug_ds.engine import checkpoint
     from smaug_ds.engine.deepspeed import build_engine
     from smaug_ds.engine.optim import OptimConfig
 
-    sent = [0.0]
+    sent: list[float] = []  # by each collective
     world = dist.get_world_size()
     others = (world - 1) / world
 
@@ -38,7 +39,7 @@ def engine_step(path: str) -> tuple[float, int]:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             tensor = inspect.signature(real).bind(*args, **kwargs).arguments[argument]
-            sent[0] += share * tensor.numel() * tensor.element_size()
+            sent.append(share * tensor.numel() * tensor.element_size())
             return real(*args, **kwargs)
 
         setattr(dist, name, counted)
@@ -56,25 +57,27 @@ def engine_step(path: str) -> tuple[float, int]:
     engine = build_engine(
         Pretraining(model, LossConfig()), str(ROOT / "ds_configs/cpu.json"), OptimConfig(), lambda step: 1.0, 4, 2
     )
-    sent[0] = 0.0
+    sent.clear()
     for turn in range(2):
         batch = random_batch(config, 4, seed=2 * dist.get_rank() + turn, lengths=[12] * 4)
         engine.backward(engine(batch)["loss"])
         engine.step()
-    leaving = sent[0]
+    leaving, calls = sum(sent), len(sent)
     final = checkpoint.save(engine, Path(path), 1, {}, {}, model, {}, 1)
     size = sum(file.stat().st_size for file in final.rglob("*") if file.suffix in (".pt", ".safetensors"))
-    return leaving, size
+    return leaving, calls, size
 
 
 @pytest.mark.slow
 def test_exchanged_bytes_and_checkpoint_are_those_of_a_real_engine(tmp_path: Path) -> None:
     config = small_config()
     count = sum(parameters(config).values())
-    for leaving, size in run_ranks(engine_step, 2, str(tmp_path)):
+    for leaving, calls, size in run_ranks(engine_step, 2, str(tmp_path)):
         step = Step(1, 4, 2, Captions.full(12), 4)
         found = exchanges(config, LossConfig(), step, FP32, count, accumulation=2)
         assert sum(exchange.sent for exchange in found) == pytest.approx(leaving, rel=0.1)
+        # what only the loop asks: whether the data came, twice, that all is finite, and that nobody was told to stop
+        assert sum(exchange.calls for exchange in found) == calls + 4
         # of a model this small names and headers are a good part
         assert checkpoint_bytes(count, FP32) == pytest.approx(size, rel=0.25)
 

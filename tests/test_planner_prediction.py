@@ -68,6 +68,25 @@ def test_a_measured_step_is_predicted_as_it_was_measured() -> None:
     assert predict(plan, machine, fast).seconds == pytest.approx(0.24, rel=0.001)  # without its wait for data
 
 
+def test_a_model_that_waits_is_held_up_by_its_data() -> None:
+    """However short the wait is beside the arithmetic: with less arithmetic the step would take as long."""
+    plan, machine = work(sized("base"), mix={"image": 1.0}), Machine.of(ClusterConfig(storage_gb_s=1000))
+    fast = speed([], machine, "base", 1, plan.parameters, BF16)
+    alone = predict(plan, machine, fast)
+    assert alone.bottleneck == "arithmetic" and "waiting for data" not in alone.parts
+    short = alone.seconds * 1.05
+    slow = Machine.of(ClusterConfig(storage_gb_s=8 * plan.micro_batch * plan.media.image_mb / 1e3 / short))
+    held_up = predict(plan, slow, fast)
+    assert held_up.seconds == pytest.approx(short)
+    assert held_up.parts["waiting for data"] < held_up.parts["arithmetic"]
+    assert held_up.bottleneck == "storage"
+
+    shared = Machine.of(ClusterConfig(device="cpu", devices=4, cores=2, link_gb_s=1.0), calibrated=True)
+    slowest = predict(work(sized("tiny"), FP32, micro_batch=16), shared, fast)
+    assert slowest.bottleneck.startswith("cores, which model and data path share")
+    assert slowest.data_rate == float("inf")  # none of its own
+
+
 def test_ranks_share_the_cores_of_a_host() -> None:
     """Four ranks on two cores take twice as long as two, and what the data path takes of the cores comes on top."""
     plan = work(sized("tiny"), FP32, micro_batch=16, mix={"image": 1.0})

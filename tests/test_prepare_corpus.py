@@ -97,3 +97,35 @@ def test_a_list_that_cannot_be_built_is_not_left_out(
     own = ("--data", lists, "--media-root", toy_media, "--out", tmp_path / "out", "--workers", "1")
     assert refused(capsys, *own) == "error: no room"
     assert not (tmp_path / "out" / "corpus.args").exists()
+
+
+def test_what_lies_in_out_is_neither_removed_nor_taken_for_another_source(
+    lists: Path, toy_media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("--data", lists, "--media-root", toy_media, "--workers", "1")
+    prepare_corpus.main([str(argument) for argument in (*own, "--out", tmp_path / "made")])
+    shards = shutil.copytree(tmp_path / "made" / "shards" / "video_train", tmp_path / "mine" / "shards" / "own")
+    shutil.rmtree(shards / "index")
+    before = sorted(shards.iterdir())
+    mine = ("--out", tmp_path / "mine", "--workers", "1")
+    assert "does not exist" in refused(capsys, "--data", tmp_path / "nowhere", *mine)
+    prepare_corpus.main([str(argument) for argument in ("--data", shards, *mine)])
+    assert set(before) < set(shards.iterdir())
+
+    # its vocabulary, trained on these captions, does not serve the next source
+    other = shutil.copytree(shards, tmp_path / "other")
+    assert "name another --out" in refused(capsys, "--data", other, *mine)
+    (tmp_path / "mine" / "corpus.args").unlink()
+    assert "name another --out" in refused(capsys, "--data", other, *mine)
+    (tmp_path / "mine" / "source.json").write_text("{")
+    assert str(tmp_path / "mine" / "source.json") in refused(capsys, "--data", other, *mine)
+    assert "give --data" in refused(capsys, "--media-root", toy_media, *mine)
+
+
+def test_a_list_that_begins_with_nothing_is_not_an_empty_one(
+    lists: Path, toy_media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((lists / "video_train.json").read_text())
+    (lists / "video_train.json").write_text(json.dumps([None, *rows]))
+    told = refused(capsys, "--data", lists, "--media-root", toy_media, "--workers", "1", "--out", tmp_path / "out")
+    assert "video_train.json" in told

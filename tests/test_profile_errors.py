@@ -123,3 +123,15 @@ def test_a_rank_that_fails_ends_the_measurement_of_an_index(tmp_path: Path) -> N
     """The ranks meet at barriers, and the first one cannot open what it is given."""
     with pytest.raises(ConfigError, match=r"codes \[1\] of its ranks"):
         index._measure_ranks(DataConfig(corpus=str(tmp_path / "absent.yaml")), tmp_path, 1)
+
+
+def test_an_exchange_is_timed_between_computations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a clock that an exchange puts on by 3 and a computation by 5, each exchange is 3."""
+    clock = [0.0]
+    monkeypatch.setattr(host.time, "perf_counter", lambda: clock[0])
+
+    def passes(seconds: float) -> Callable[[], None]:
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    assert host._mean_between(passes(5.0), passes(3.0)) == 3.0
+    assert clock[0] == host.TURNS * 8.0

@@ -192,6 +192,7 @@ def test_settings_that_do_not_go_together() -> None:
         ({"fp16": {"enabled": True}}, "fp16", torch.float16),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "bf16", torch.bfloat16),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "fp16", torch.float16),
+        ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, "fp16", torch.float16),
         (None, "deepspeed", torch.bfloat16),  # the default, ds_configs/cpu_bf16.json
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from smaug_ds.config import naming
 from smaug_ds.data.annotations import Source, describe_source, json_rows, read_lists
 from smaug_ds.data.index import Corpus, ShardIndex
 from smaug_ds.data.indexing import build_index
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="that the run will have: they share a batch")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(arguments)
+    if args.media_root and not args.data:
+        parser.exit(2, f"error: --media-root {args.media_root} is where the files of --data lie: give --data\n")
     try:
         settings = prepare(args.data, args.media_root, args.out, args.clips, args.workers)
         settings |= batch_sizes(settings, args.ranks)
@@ -98,16 +101,20 @@ def batch_sizes(settings: dict[str, str], ranks: int) -> dict[str, str]:
 
 
 def remember_source(out: Path, source: dict[str, Any]) -> None:
-    """Writes down what ``out`` is prepared from, which may change until the first shards stand there.
+    """Writes down what ``out`` is prepared from, which may change until something of it stands there.
 
-    Raises ValueError when they are of something else.
+    Raises ValueError when shards, a vocabulary or settings of another source do.
     """
     note, shards = out / "source.json", out / "shards"
-    before = json.loads(note.read_text()) if note.exists() else source
+    with naming(str(note)):
+        before = json.loads(note.read_text()) if note.exists() else source
     if before != source:
-        if any((folder / "index").exists() for folder in shards.glob("*") if folder.suffix != ".partial"):
+        begun = sorted(shards.glob("*.partial"))
+        finished = [folder for folder in shards.glob("*") if folder not in begun and (folder / "index").exists()]
+        if finished or (out / "vocab.txt").exists() or (out / "corpus.args").exists():
             raise ValueError(f"{out} was prepared from {told(before)}, not from {told(source)}: name another --out")
-        shutil.rmtree(shards, ignore_errors=True)  # what was begun of the other source
+        for folder in begun:
+            shutil.rmtree(folder)
     note.write_text(json.dumps(source))
 
 
@@ -123,7 +130,7 @@ def shards_of(source: Source, lists: Sequence[Path], shards: Path, workers: int)
 
     Raises ShardError as ``build``: a list that cannot be built is not left out, for its data would be missed.
     """
-    filled = [one for one in lists if next(json_rows(one), None) is not None] if len(lists) > 1 else lists
+    filled = [one for one in lists if any(True for _ in json_rows(one))] if len(lists) > 1 else lists
     folders = []
     for one in filled or lists:
         folder = shards / one.stem

@@ -178,11 +178,14 @@ class SmaugModel(Pretrained):
     def encode_frames(self, frames: Tensor, patch_noise: Tensor | None = None) -> VisualOutput:
         """``frames`` (B, T, 3, H, W) uint8; ``patch_noise`` (B, N) uniform draws the tube mask, None masks nothing.
 
-        A clip of one frame (an image) does not pass the temporal encoder. Raises ValueError on a wrong image size.
+        A clip of one frame (an image) does not pass the temporal encoder. Raises ValueError on a wrong image size, and
+        on clips for a model of single frames.
         """
         size = self.config.vision.image_size
         if frames.shape[-2:] != (size, size):
             raise ValueError(f"frames are {tuple(frames.shape[-2:])} pixels, but model.vision.image_size is {size}")
+        if frames.shape[1] > 1 and self.config.frames == 1:
+            raise ValueError(f"clips have {frames.shape[1]} frames, but model.frames is 1: it has no temporal encoder")
         encoded = self.vision(self.patchify(frames), patch_noise)
         tokens = self.temporal(encoded.tokens) if frames.shape[1] > 1 else encoded.tokens
         embedding = self.vision_projection(tokens[:, :, 0].mean(dim=1))
@@ -252,7 +255,13 @@ class SmaugModel(Pretrained):
         return pixel_targets(self.patchify(frames), self.config.decoder)
 
     def choose_frames(self, visual: VisualOutput, text: TextOutput, noise: Tensor | None = None) -> FrameChoice:
-        """The ``frames_kept`` frames that the sentence is about. ``noise`` (B, T) uniform while training."""
+        """The ``frames_kept`` frames that the sentence is about. ``noise`` (B, T) uniform while training.
+
+        Raises ValueError for a model that keeps all frames.
+        """
+        if self.config.frames == self.config.frames_kept:
+            kept = self.config.frames_kept
+            raise ValueError(f"model.frames and model.frames_kept are both {kept}: there is no frame to choose")
         return self._choose(visual.tokens, text.sentence, noise)
 
     def _choose(self, tokens: Tensor, sentence: Tensor, noise: Tensor | None) -> FrameChoice:
@@ -327,7 +336,9 @@ class SmaugModel(Pretrained):
         """States (A, D) of answers, whose ``word_logits`` are the next words, given the fused states of questions.
 
         answer_ids: (A,) of B answers, one after the other, of ``lengths`` tokens. questions: (S, D) from ``fuse``, one
-        for each answer, with their ``packing``.
+        for each answer, with their ``packing``. Raises ValueError for a model without an answer decoder.
         """
+        if not self.config.answer_layers:
+            raise ValueError("model.answer_layers is 0: the model has no answer decoder; fine-tune one for questions")
         own = Packing.of(lengths, answer_ids.device)
         return self.answers(self.text.embedding(answer_ids, own), own, questions, packing)

@@ -138,6 +138,8 @@ class Machine:
                     "cluster.peak_tflops (of one core) and cluster.efficiency"
                 )
             link = known(cluster.link_gb_s, 1.0, "ranks of a host exchange 1 GB/s in all (assumed; cluster.link_gb_s)")
+            text = "ranks of a host wait 1.5 ms for each other in a collective (assumed; cluster.latency_us)"
+            latency = known(cluster.latency_us, 1500.0, text)
             return cls(
                 cluster=cluster,
                 peak_flops=cluster.peak_tflops * 1e12,
@@ -146,7 +148,7 @@ class Machine:
                 memory_bytes_s=10e9,
                 link_bytes_s=link * 1e9,
                 network_bytes_s=cluster.network_gb_s * 1e9,
-                latency=(cluster.latency_us or 200.0) * 1e-6,
+                latency=latency * 1e-6,
                 nvdec=0,
                 assumptions=tuple(told),
             )

@@ -16,9 +16,10 @@ from smaug_ds.planner.cluster import Machine
 from smaug_ds.planner.flops import Step
 from smaug_ds.planner.memory import FLOAT, NEGATIVES, Negatives, Precision, gathered_elements
 
-# All-reduces of a few bytes in a micro step: that the data came, over how many pairs each of four losses is a mean,
-# that all is finite, that nobody was told to stop, and twice for the norm of the gradient.
-AGREEMENTS = 9
+# All-reduces of a few bytes. In a micro step: that the data came, and over how many pairs each of the four losses is a
+# mean. In an optimizer step: that all is finite, the norm of the gradient (twice), that nobody was told to stop.
+AGREED_IN_MICRO_STEP, AGREED_IN_STEP = 5, 4
+PARAMETER_GROUPS = 2  # with weight decay and without, see engine/optim.py: the weights of each are gathered by itself
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ def exchanges(
     ]
     if precision.stage >= 1:
         gathered = 2 * accumulation if precision.stage == 3 else 1
-        found.append(Exchange("weights", ring * parameters * precision.weight_bytes * gathered, float(gathered)))
-    found.append(Exchange("agreement", 8.0, float(AGREEMENTS * accumulation)))
+        calls = float(PARAMETER_GROUPS * gathered)
+        found.append(Exchange("weights", ring * parameters * precision.weight_bytes * gathered, calls))
+    found.append(Exchange("agreement", 8.0, float(AGREED_IN_MICRO_STEP * accumulation + AGREED_IN_STEP)))
     embedding = step.batch * model.projection * FLOAT
     if loss.vtc or loss.vtm:
         found.append(_embeddings(embedding, world, loss, accumulation))
@@ -83,7 +85,7 @@ def _embeddings(own: float, world: int, loss: LossConfig, accumulation: int) -> 
     elif loss.vtc:
         sent, calls = 2 * (world - 1) * own + 2 * 2 * (world - 1) / world * everything, 5
     if loss.vtm:
-        sent, calls = sent + 2 * (world - 1) * own, calls + 3
+        sent, calls = sent + 2 * (world - 1) * own, calls + 4
     return Exchange("embeddings", sent * accumulation, float(calls * accumulation))
 
 

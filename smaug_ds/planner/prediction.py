@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -83,9 +84,9 @@ class Prediction:
 
     @property
     def bottleneck(self) -> str:
-        """What takes most of the step; the name of the slowest part of the data path where the model waits for it."""
-        most = max(self.parts, key=lambda name: self.parts[name])
-        return self.data_limit if most == "waiting for data" else most
+        """The slowest part of the data path where the model waits for it, since no faster model would help; else what
+        takes most of the step."""
+        return self.data_limit if "waiting for data" in self.parts else max(self.parts, key=lambda n: self.parts[n])
 
 
 def predict(work: Work, machine: Machine, speed: Speed, micro_batch: int = 0, accumulation: int = 1) -> Prediction:
@@ -113,16 +114,16 @@ def predict(work: Work, machine: Machine, speed: Speed, micro_batch: int = 0, ac
     slow = slowest(supplies(work.mix, work.model.frames, work.media, machine))
     on_node = cluster.devices * micro_batch * accumulation
     data_seconds = on_node / slow.rate
-    limit, remedy = slow.name, slow.needs
+    limit, remedy, rate = slow.name, slow.needs, slow.rate * cluster.nodes
     if cluster.on_cpu:
         parts, own = _on_shared_cores(parts, work, cluster, on_node)
         if own > data_seconds:
             data_seconds, limit = own, "cores, which model and data path share"
             remedy = "more cores a rank, or fewer ranks a node"
+            rate = math.inf  # which depends on the model's own share of them
     spent = sum(parts.values())
     if data_seconds > spent:
         parts["waiting for data"] = data_seconds - spent
-    rate = slow.rate * cluster.nodes
     total = max(spent, data_seconds)
     return Prediction(cluster.ranks, micro_batch, accumulation, total, parts, sent, limit, rate, remedy)
 

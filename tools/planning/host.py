@@ -27,6 +27,7 @@ import torch.multiprocessing as processes
 
 from smaug_ds.config import ConfigError, add_arguments, parse
 from smaug_ds.data.sample import Batch
+from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.engine.deepspeed import load_json
 from smaug_ds.engine.objectives import Pretraining
 from smaug_ds.engine.train import PretrainConfig
@@ -103,6 +104,7 @@ def _together(count: int, config: PretrainConfig, autocast: bool) -> list[float]
 
 
 def _rank(rank: int, count: int, folder: str, barrier: Any, config: PretrainConfig, autocast: bool) -> None:
+    keep_freed_memory()  # as training does
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     dtype = torch.bfloat16 if autocast else torch.float32

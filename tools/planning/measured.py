@@ -29,29 +29,38 @@ def read_measured(profiles: Sequence[str], runs: Sequence[str], media: MediaConf
             profile = json.loads(Path(path).read_text(encoding="utf-8"))
         found += rows(profile, f"--profile {path}")
     for folder in runs:
-        with naming(f"--run {folder}"):
+        try:
             found.append(row_of_run(Path(folder), media))
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"--run {folder}: {error}") from error
     return found
 
 
 def row_of_run(folder: Path, media: MediaConfig) -> Measured:
     """The steps that a finished run logged, but for the first fifth, which warms up.
 
-    media: whose caption lengths are taken for the run's. Raises ConfigError or OSError for what is no finished run.
+    media: whose caption lengths are taken for the run's. Raises ValueError or OSError for what is no finished run.
     """
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if not isinstance(summary, dict) or not {"world_size", "accelerator"} <= set(summary):
-        raise ConfigError(f"{folder}/summary.json tells no world_size and accelerator: it is not what a run wrote")
+    summary = _parsed((folder / "summary.json").read_text(encoding="utf-8"), "summary.json")
+    ranks, device = summary.get("world_size"), summary.get("accelerator")
+    if not (isinstance(ranks, int) and ranks >= 1 and isinstance(device, str)):
+        raise ValueError(f"summary.json tells world_size {ranks} and accelerator {device}: it is damaged")
     config = parse(PretrainConfig, folder / "config.yaml")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not isinstance(line.get("samples_per_second"), int | float):
-            raise ConfigError(f"{folder}/metrics.jsonl, line {number} tells no samples_per_second: the file is damaged")
-    lines = lines[len(lines) // 5 :]
+    lines = [
+        _parsed(line, f"line {number} of metrics.jsonl")
+        for number, line in enumerate((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(), 1)
+    ]
+    skipped = len(lines) // 5
+    lines = lines[skipped:]
     if not lines:
-        raise ConfigError(f"{folder}/metrics.jsonl holds no logged step: let the run log one (run.log_every)")
+        raise ValueError("metrics.jsonl holds no logged step: let the run log one (run.log_every)")
     names = [name for name in lines[-1] if name.startswith(PREFIX)]
-    work, ranks = work_of_run(config, lines, media), summary["world_size"]
+    for number, line in enumerate(lines, skipped + 1):
+        for name in ("samples_per_second", *names):
+            value = line.get(name)
+            if not isinstance(value, int | float) or not (value > 0 if name == "samples_per_second" else value >= 0):
+                raise ValueError(f"line {number} of metrics.jsonl tells {name} {value}: it is damaged")
+    work = work_of_run(config, lines, media)
     return Measured(
         what="train",
         size=config.model.size,
@@ -59,13 +68,24 @@ def row_of_run(folder: Path, media: MediaConfig) -> Measured:
         frames_kept=config.model.frames_kept,
         batch=config.batch.micro_size,
         dtype="bf16" if work.precision.activation_bytes == 2 else "fp32",
-        device=summary["accelerator"],
+        device=device,
         world_size=ranks,
         seconds=config.batch.global_size / median(line["samples_per_second"] for line in lines),
         flops=step_flops_of(work, ranks),
         parameters=work.parameters,
         phases={name.removeprefix(PREFIX): median(line[name] for line in lines) for name in names},
     )
+
+
+def _parsed(text: str, what: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError that begins with ``what`` for anything else."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is damaged: it holds a {type(found).__name__} where an object is due")
+    return found
 
 
 def work_of_run(config: PretrainConfig, lines: Sequence[dict[str, Any]], media: MediaConfig) -> Work:

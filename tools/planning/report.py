@@ -76,7 +76,7 @@ def _model(plan: Plan) -> str:
         shown = f"{cost.forward / step.batch / 1e9:9.3f} {cost.backward / step.batch / 1e9:9.3f}" if cost else ""
         lines.append(f"  {name:28} {counts.get(name, 0):13,} {shown}")
     total = sum(part.total for part in flops.values()) / step.batch / 1e9
-    lines.append(f"  {'sum':28} {sum(counts.values()):13,} {total:19.3f}")
+    lines.append(f"  {'sum':28} {sum(counts.values()):13,} {total:19.3f} forward and backward")
     return "\n".join(lines)
 
 
@@ -101,7 +101,7 @@ def _step(plan: Plan) -> str:
     lines = [
         f"step of {step.ranks * step.micro_batch * step.accumulation} samples on {cluster.nodes} x {cluster.devices} "
         f"{cluster.device} ({step.micro_batch} a micro step, accumulation {step.accumulation}): "
-        f"{_time(step.seconds)}, {step.samples_per_second:,.0f} samples/s",
+        f"{_time(step.seconds)}, {_rate(step.samples_per_second)} samples/s",
         f"  a rank computes {plan.speed.flops / 1e12:.3g} TFLOP/s ({plan.speed.source})",
     ]
     for name, value in sorted(step.parts.items(), key=lambda item: -item[1]):
@@ -109,7 +109,7 @@ def _step(plan: Plan) -> str:
         moved = f"  {sent / 1e6:,.1f} MB leave each rank" if sent else ""
         lines.append(f"  {name:24} {_time(value):>10} {value / step.seconds:6.1%}{moved}")
     if step.data_rate != float("inf"):
-        lines.append(f"  {step.data_limit} would allow {step.data_rate:,.0f} samples/s")
+        lines.append(f"  {step.data_limit} would allow {_rate(step.data_rate)} samples/s")
     told = f"  bottleneck: {step.bottleneck}"
     lines.append(told + (f"; it would help: {step.remedy}" if "waiting for data" in step.parts else ""))
     return "\n".join(lines)
@@ -121,8 +121,18 @@ def _run(plan: Plan) -> str:
     for recipe, seconds in plan.times:
         hours, share = seconds / 3600, recipe.mix.get("video", 0.0)
         draws = sum(recipe.draws.values())
-        lines.append(f"  {recipe.name[-40:]:40} {draws:15,.0f} {share:7.0%} {hours:9.2f} {hours * ranks:11.1f}")
+        lines.append(
+            f"  {_shortened(recipe.name, 40):40} {draws:15,.0f} {share:7.0%} {hours:9.2f} {hours * ranks:11.1f}"
+        )
     return "\n".join(["the whole run, without evaluation, checkpoints and failures:", *lines])
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else "..." + text[3 - width :]
 
 
 def _scaling(plan: Plan) -> str:
@@ -137,13 +147,13 @@ def _scaling(plan: Plan) -> str:
     for row in plan.scaling:
         weak, strong = row.weak, row.strong
         line = (
-            f"  {weak.ranks:6} {weak.unhindered:11,.0f} {weak.unhindered / weak.ranks / first:10.1%} "
-            f"{weak.samples_per_second:11,.0f} {row.memory.needed / GB:9.1f}{' ' if row.memory.fits else '!'}  "
+            f"  {weak.ranks:6} {_rate(weak.unhindered):>11} {weak.unhindered / weak.ranks / first:10.1%} "
+            f"{_rate(weak.samples_per_second):>11} {row.memory.needed / GB:9.1f}{' ' if row.memory.fits else '!'}  "
             f"{weak.bottleneck:38} "
         )
         if strong is not None:
             share = strong.unhindered / strong.ranks / first
-            line += f"{strong.unhindered:11,.0f} {share:10.1%} {strong.samples_per_second:11,.0f}"
+            line += f"{_rate(strong.unhindered):>11} {share:10.1%} {_rate(strong.samples_per_second):>11}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 

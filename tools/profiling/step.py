@@ -92,7 +92,7 @@ def engine_dtype(path: str | Path) -> str:
     names = {
         "bf16": "deepspeed",
         "fp16": "fp16",
-        "torch_autocast": {"float16": "fp16", "half": "fp16"}.get(cast, "bf16"),
+        "torch_autocast": {"float16": "fp16", "fp16": "fp16", "half": "fp16"}.get(cast, "bf16"),
     }
     return next((name for key, name in names.items() if engine.get(key, {}).get("enabled")), "fp32")
 
