@@ -36,7 +36,7 @@ source jobs/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 began=(--started "$(date +%s)")
 
-if [ ${#overrides[@]} -gt 0 ]; then # a mistake is told before minutes are spent on the corpus
+if [ ${#overrides[@]} -gt 0 ]; then # wrong keys and values are told before minutes are spent on the corpus
     python - "${overrides[@]}" <<'PY' || exit 2
 import sys
 from smaug_ds.config import ConfigError, parse

@@ -129,3 +129,24 @@ def test_a_list_that_begins_with_nothing_is_not_an_empty_one(
     (lists / "video_train.json").write_text(json.dumps([None, *rows]))
     told = refused(capsys, "--data", lists, "--media-root", toy_media, "--workers", "1", "--out", tmp_path / "out")
     assert "video_train.json" in told
+
+
+def test_too_few_samples_to_test_on_are_told_at_once(
+    lists: Path, toy_media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_corpus, "HOLDOUT", 1e-6)
+    own = ("--data", lists / "video_train.json", "--media-root", toy_media, "--workers", "1")
+    told = refused(capsys, *own, "--out", tmp_path / "out")
+    assert "6 samples with data.holdout=1e-06: add samples, or" in told
+
+
+def test_an_interruption_is_one_line(
+    lists: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_corpus, "build", interrupted)
+    with pytest.raises(SystemExit, match=r"^130$"):
+        prepare_corpus.main(["--data", str(lists), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err == "stopped: the same command goes on from here\n"

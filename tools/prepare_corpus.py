@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = prepare(args.data, args.media_root, args.out, args.clips, args.workers)
         settings |= batch_sizes(settings, args.ranks)
         (args.out / "corpus.args").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped: the same command goes on from here\n")
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     except OSError as error:
@@ -89,9 +91,15 @@ def prepare(data: Path | None, media_root: Path | None, out: Path, clips: int, w
 def batch_sizes(settings: dict[str, str], ranks: int) -> dict[str, str]:
     """Settings ``batch.*``: a step holds at most ``BATCH`` samples, and none of them twice.
 
-    Raises ValueError when a medium has fewer samples than there are ranks.
+    Raises ValueError when a medium has fewer samples than there are ranks, or none is kept to test on.
     """
-    corpus = Corpus.open(json.loads(settings["data.train"]), float(settings["data.holdout"]), "train")
+    folders, holdout = json.loads(settings["data.train"]), float(settings["data.holdout"])
+    if holdout:
+        try:
+            Corpus.open(folders, holdout, "test")
+        except ValueError as error:
+            raise ValueError(f"{error}: add samples, or give a folder with a list video_test.json, too") from error
+    corpus = Corpus.open(folders, holdout, "train")
     samples = {medium: corpus.count(medium) for medium in MEDIA if corpus.count(medium)}
     fewest = min(samples.values())
     micro_size = min(BATCH, fewest) // ranks
