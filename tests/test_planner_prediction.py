@@ -84,7 +84,11 @@ def test_a_model_that_waits_is_held_up_by_its_data() -> None:
     shared = Machine.of(ClusterConfig(device="cpu", devices=4, cores=2, link_gb_s=1.0), calibrated=True)
     slowest = predict(work(sized("tiny"), FP32, micro_batch=16), shared, fast)
     assert slowest.bottleneck.startswith("cores, which model and data path share")
-    assert slowest.data_rate == float("inf")  # none of its own
+    assert slowest.data_rate is None  # none of its own
+    thin = dataclasses.replace(shared.cluster, link_gb_s=0.001)
+    exchanging = predict(work(sized("tiny"), FP32, micro_batch=16), Machine.of(thin, calibrated=True), fast)
+    assert "waiting for data" in exchanging.parts
+    assert exchanging.bottleneck == "exchange of gradients"  # whatever the cores do meanwhile
 
 
 def test_ranks_share_the_cores_of_a_host() -> None:

@@ -62,7 +62,11 @@ def test_a_mistake_in_the_source_can_be_mended_with_the_same_out(
     told = refused(capsys, "--data", lists, *out)
     assert "media files were left out (missing " in told
     assert f"paths start at {lists}, unless --media-root" in told
-    prepare_corpus.main([str(argument) for argument in ("--data", lists, "--media-root", toy_media, *out)])
+    mended = ("--data", lists, "--media-root", toy_media, *out)
+    begun = tmp_path / "out" / "shards" / "video_train.partial"
+    assert f"or remove {begun}" in refused(capsys, *mended)  # nothing is removed unasked
+    shutil.rmtree(begun)
+    prepare_corpus.main([str(argument) for argument in mended])
     told = refused(capsys, "--clips", "64", *out)
     where = f"{lists} with media in {toy_media}"
     assert f"was prepared from {where}, not from the built-in corpus of 64 clips: name another --out" in told
@@ -117,8 +121,9 @@ def test_what_lies_in_out_is_neither_removed_nor_taken_for_another_source(
     assert "name another --out" in refused(capsys, "--data", other, *mine)
     (tmp_path / "mine" / "corpus.args").unlink()
     assert "name another --out" in refused(capsys, "--data", other, *mine)
-    (tmp_path / "mine" / "source.json").write_text("{")
-    assert str(tmp_path / "mine" / "source.json") in refused(capsys, "--data", other, *mine)
+    for damaged in ("{", "[]", ""):
+        (tmp_path / "mine" / "source.json").write_text(damaged)
+        assert "source.json does not tell from what" in refused(capsys, "--data", other, *mine)
     assert "give --data" in refused(capsys, "--media-root", toy_media, *mine)
 
 
@@ -137,7 +142,7 @@ def test_too_few_samples_to_test_on_are_told_at_once(
     monkeypatch.setattr(prepare_corpus, "HOLDOUT", 1e-6)
     own = ("--data", lists / "video_train.json", "--media-root", toy_media, "--workers", "1")
     told = refused(capsys, *own, "--out", tmp_path / "out")
-    assert "6 samples with data.holdout=1e-06: add samples, or" in told
+    assert "6 samples with data.holdout=1e-06: give more samples, or some to test on" in told
 
 
 def test_an_interruption_is_one_line(
@@ -150,3 +155,26 @@ def test_an_interruption_is_one_line(
     with pytest.raises(SystemExit, match=r"^130$"):
         prepare_corpus.main(["--data", str(lists), "--out", str(tmp_path / "out")])
     assert capsys.readouterr().err == "stopped: the same command goes on from here\n"
+
+
+def test_a_list_that_has_grown_is_not_left_at_what_it_was(
+    lists: Path, toy_media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("--data", lists, "--media-root", toy_media, "--out", tmp_path / "out", "--workers", "1")
+    prepare_corpus.main([str(argument) for argument in own])
+    before = settings(tmp_path / "out")
+    prepare_corpus.main([str(argument) for argument in own])
+    assert settings(tmp_path / "out") == before
+    (lists / "video_train.json").write_text(json.dumps(read_list(toy_media, "video_train.json")[:8]))
+    assert f"{tmp_path}/out/shards/video_train holds a build with lists" in refused(capsys, *own)
+
+
+def test_a_source_is_the_same_from_wherever_it_is_named(
+    lists: Path, toy_media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(lists, tmp_path / "other" / "lists")
+    own = ("--data", "lists", "--media-root", str(toy_media), "--out", str(tmp_path / "out"), "--workers", "1")
+    monkeypatch.chdir(tmp_path)
+    prepare_corpus.main(own)
+    monkeypatch.chdir(tmp_path / "other")
+    assert "name another --out" in refused(capsys, *own)

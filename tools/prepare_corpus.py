@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from smaug_ds.config import naming
 from smaug_ds.data.annotations import Source, describe_source, json_rows, read_lists
 from smaug_ds.data.index import Corpus, ShardIndex
 from smaug_ds.data.indexing import build_index
+from smaug_ds.data.parallel import write_whole
 from smaug_ds.data.sample import MEDIA
 from smaug_ds.data.toy import ToyConfig, render_corpus
 from smaug_ds.text import train_vocabulary
@@ -46,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.media_root and not args.data:
         parser.exit(2, f"error: --media-root {args.media_root} is where the files of --data lie: give --data\n")
+    # one name each, wherever the command is given
+    args.data, args.media_root, args.out = (path and path.resolve() for path in (args.data, args.media_root, args.out))
     try:
         settings = prepare(args.data, args.media_root, args.out, args.clips, args.workers)
         settings |= batch_sizes(settings, args.ranks)
@@ -94,36 +95,47 @@ def batch_sizes(settings: dict[str, str], ranks: int) -> dict[str, str]:
     Raises ValueError when a medium has fewer samples than there are ranks, or none is kept to test on.
     """
     folders, holdout = json.loads(settings["data.train"]), float(settings["data.holdout"])
+    corpus = Corpus.open(folders, holdout, "train")
     if holdout:
         try:
             Corpus.open(folders, holdout, "test")
         except ValueError as error:
-            raise ValueError(f"{error}: add samples, or give a folder with a list video_test.json, too") from error
-    corpus = Corpus.open(folders, holdout, "train")
+            raise ValueError(
+                f"{error}: give more samples, or some to test on (docs/data.md), and another --out"
+            ) from error
     samples = {medium: corpus.count(medium) for medium in MEDIA if corpus.count(medium)}
     fewest = min(samples.values())
     micro_size = min(BATCH, fewest) // ranks
     if not micro_size:
-        raise ValueError(f"the corpus has only {samples} samples for {ranks} ranks: add some, or leave a medium out")
+        few = f"the corpus has only {samples} samples for {ranks} ranks"
+        raise ValueError(f"{few}: add some, or leave a medium out, with another --out")
     return {"batch.global_size": str(micro_size * ranks), "batch.micro_size": str(micro_size)}
 
 
 def remember_source(out: Path, source: dict[str, Any]) -> None:
     """Writes down what ``out`` is prepared from, which may change until something of it stands there.
 
-    Raises ValueError when shards, a vocabulary or settings of another source do.
+    Raises ValueError when shards, a vocabulary or settings of another source do. Nothing is removed.
     """
-    note, shards = out / "source.json", out / "shards"
-    with naming(str(note)):
-        before = json.loads(note.read_text()) if note.exists() else source
-    if before != source:
-        begun = sorted(shards.glob("*.partial"))
-        finished = [folder for folder in shards.glob("*") if folder not in begun and (folder / "index").exists()]
-        if finished or (out / "vocab.txt").exists() or (out / "corpus.args").exists():
+    note = out / "source.json"
+    finished = any((folder / "index").exists() for folder in (out / "shards").glob("*"))
+    trained = (out / "vocab.txt").exists() and source["data"] != str(out)  # there it is the source's own
+    if finished or (out / "corpus.args").exists() or (trained and note.exists()):
+        before = noted(note)
+        if before is None:
+            raise ValueError(f"{out} was prepared, but {note} does not tell from what: name another --out")
+        if before != source:
             raise ValueError(f"{out} was prepared from {told(before)}, not from {told(source)}: name another --out")
-        for folder in begun:
-            shutil.rmtree(folder)
-    note.write_text(json.dumps(source))
+    write_whole(note, json.dumps(source).encode("utf-8"))
+
+
+def noted(note: Path) -> dict[str, Any] | None:
+    """What ``remember_source`` has written; None where it has not, or the file is damaged."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError):
+        return None
+    return found if isinstance(found, dict) and set(found) == {"data", "media_root", "clips"} else None
 
 
 def told(source: dict[str, Any]) -> str:
@@ -136,14 +148,14 @@ def told(source: dict[str, Any]) -> str:
 def shards_of(source: Source, lists: Sequence[Path], shards: Path, workers: int) -> list[Path]:
     """Builds the shards of each list in a folder of its name, unless they are there; empty lists have none.
 
-    Raises ShardError as ``build``: a list that cannot be built is not left out, for its data would be missed.
+    Raises ShardError as ``build``, also where shards of other lists are: a list that cannot be built is not left out,
+    for its data would be missed.
     """
     filled = [one for one in lists if any(True for _ in json_rows(one))] if len(lists) > 1 else lists
     folders = []
     for one in filled or lists:
         folder = shards / one.stem
-        if not folder.exists():
-            print(build([one], source.media_root, folder, workers=workers, progress=True))
+        print(build([one], source.media_root, folder, workers=workers, progress=True))
         folders.append(folder)
     return folders
 

@@ -17,8 +17,8 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
     By default glibc hands large blocks back to the kernel, which clears every page when it is asked for the next one.
     A step of training frees and wants the same gradients and activations again and again. Elsewhere than on Linux with
-    glibc nothing happens. The process holds what it once needed, and holes between blocks in use: of large aligned ones
-    a program may take some more until a hole fits, so what it holds settles after some steps.
+    glibc nothing happens. The process holds what it once needed, and what lies between blocks in use. Since an aligned
+    block does not always fit where one of its size was freed, it may grow for some steps before it stays the same.
 
     To be called before there are threads: one that has an arena of its own by then keeps it, and large blocks never
     come from such an arena. Gloo gathers the weights of all ranks in a thread, into a block as large as they are.

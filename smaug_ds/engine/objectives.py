@@ -68,7 +68,7 @@ class Pretraining(nn.Module):
             loss = losses.vtc(visual.embedding, text.embedding, ids, model.logit_scale, rows)
         with torch.no_grad():
             pieces = visual.embedding.split(self.config.contrastive_rows or len(ids))
-            nearest = torch.cat([(piece @ text.embedding.T).argmax(dim=1) for piece in pieces])
+            nearest = torch.cat([losses.similarities(piece, text.embedding).argmax(dim=1) for piece in pieces])
             accuracy = (ids[nearest] == ids).float().mean()
             temperature = 1 / losses.inverse_temperature(model.logit_scale)
         return {"vtc": loss, "vtc_accuracy": accuracy, "temperature": temperature.squeeze()}

@@ -57,7 +57,7 @@ def exchanges(
     ]
     if precision.stage >= 1:
         gathered = 2 * accumulation if precision.stage == 3 else 1
-        calls = float(PARAMETER_GROUPS * gathered)
+        calls = float(gathered if precision.stage == 3 else PARAMETER_GROUPS)
         found.append(Exchange("weights", ring * parameters * precision.weight_bytes * gathered, calls))
     found.append(Exchange("agreement", 8.0, float(AGREED_IN_MICRO_STEP * accumulation + AGREED_IN_STEP)))
     embedding = step.batch * model.projection * FLOAT

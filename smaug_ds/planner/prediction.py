@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -68,7 +67,7 @@ class Prediction:
     parts: dict[str, float]  # seconds of the step: arithmetic, optimizer, each exchange, waiting for data
     sent: dict[str, float]  # bytes that leave each rank, by exchange
     data_limit: str  # slowest part of the data path
-    data_rate: float  # samples/s that it allows all nodes together; infinite where it is the model's own cores
+    data_rate: float | None  # samples/s that it allows all nodes together; None where it is the model's own cores
     remedy: str  # for ``data_limit``
 
     @property
@@ -85,8 +84,14 @@ class Prediction:
     @property
     def bottleneck(self) -> str:
         """The slowest part of the data path where the model waits for it, since no faster model would help; else what
-        takes most of the step."""
-        return self.data_limit if "waiting for data" in self.parts else max(self.parts, key=lambda n: self.parts[n])
+        takes most of the step. Cores that both share take arithmetic, optimizer and the wait together."""
+        parts = dict(self.parts)
+        if "waiting for data" in parts:
+            if self.data_rate is not None:
+                return self.data_limit
+            shared = ("arithmetic", "optimizer", "waiting for data")
+            parts[self.data_limit] = sum(parts.pop(name) for name in shared)
+        return max(parts, key=lambda name: parts[name])
 
 
 def predict(work: Work, machine: Machine, speed: Speed, micro_batch: int = 0, accumulation: int = 1) -> Prediction:
@@ -114,17 +119,18 @@ def predict(work: Work, machine: Machine, speed: Speed, micro_batch: int = 0, ac
     slow = slowest(supplies(work.mix, work.model.frames, work.media, machine))
     on_node = cluster.devices * micro_batch * accumulation
     data_seconds = on_node / slow.rate
-    limit, remedy, rate = slow.name, slow.needs, slow.rate * cluster.nodes
+    limit, remedy = slow.name, slow.needs
+    rate: float | None = slow.rate * cluster.nodes
     if cluster.on_cpu:
         parts, own = _on_shared_cores(parts, work, cluster, on_node)
         if own > data_seconds:
             data_seconds, limit = own, "cores, which model and data path share"
             remedy = "more cores a rank, or fewer ranks a node"
-            rate = math.inf  # which depends on the model's own share of them
+            rate = None  # which depends on the model's own share of them
     spent = sum(parts.values())
-    if data_seconds > spent:
+    if data_seconds > spent * (1 + 1e-9):  # more than what rounding makes of equal times
         parts["waiting for data"] = data_seconds - spent
-    total = max(spent, data_seconds)
+    total = sum(parts.values())
     return Prediction(cluster.ranks, micro_batch, accumulation, total, parts, sent, limit, rate, remedy)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -43,7 +44,7 @@ def row_of_run(folder: Path, media: MediaConfig) -> Measured:
     """
     summary = _parsed((folder / "summary.json").read_text(encoding="utf-8"), "summary.json")
     ranks, device = summary.get("world_size"), summary.get("accelerator")
-    if not (isinstance(ranks, int) and ranks >= 1 and isinstance(device, str)):
+    if not (type(ranks) is int and ranks >= 1 and isinstance(device, str)):
         raise ValueError(f"summary.json tells world_size {ranks} and accelerator {device}: it is damaged")
     config = parse(PretrainConfig, folder / "config.yaml")
     lines = [
@@ -58,7 +59,8 @@ def row_of_run(folder: Path, media: MediaConfig) -> Measured:
     for number, line in enumerate(lines, skipped + 1):
         for name in ("samples_per_second", *names):
             value = line.get(name)
-            if not isinstance(value, int | float) or not (value > 0 if name == "samples_per_second" else value >= 0):
+            least = 1e-9 if name == "samples_per_second" else 0.0
+            if type(value) not in (int, float) or not least <= value < math.inf:
                 raise ValueError(f"line {number} of metrics.jsonl tells {name} {value}: it is damaged")
     work = work_of_run(config, lines, media)
     return Measured(

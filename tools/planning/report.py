@@ -108,10 +108,10 @@ def _step(plan: Plan) -> str:
         sent = step.sent.get(name.removeprefix("exchange of "))
         moved = f"  {sent / 1e6:,.1f} MB leave each rank" if sent else ""
         lines.append(f"  {name:24} {_time(value):>10} {value / step.seconds:6.1%}{moved}")
-    if step.data_rate != float("inf"):
+    if step.data_rate is not None:
         lines.append(f"  {step.data_limit} would allow {_rate(step.data_rate)} samples/s")
     told = f"  bottleneck: {step.bottleneck}"
-    lines.append(told + (f"; it would help: {step.remedy}" if "waiting for data" in step.parts else ""))
+    lines.append(told + (f"; it would help: {step.remedy}" if step.bottleneck == step.data_limit else ""))
     return "\n".join(lines)
 
 
