@@ -28,10 +28,11 @@ from smaug_ds.planner.cluster import ClusterConfig, Machine
 from smaug_ds.planner.memory import Precision
 from smaug_ds.text import IGNORED, Tokenizer
 from tests.models import VOCABULARY, small_config
-from tools.profiling import ablation, compare, model
+from tools.profiling import ablation, compare, model, turns
 from tools.profiling import step as profiling_step
 from tools.profiling.ablation import ROWS, TABLES, Row, forward_flops
 from tools.profiling.captions import MSRVTT, draw_lengths
+from tools.profiling.machine import peak_memory
 from tools.profiling.model import ProfileConfig, count_flops, largest
 from tools.profiling.model import main as profile
 from tools.profiling.report import Bar, Report, draw, table
@@ -170,6 +171,21 @@ def test_a_compiled_step_has_the_same_loss_and_its_arithmetic_is_counted(
         assert float(compiled()) == pytest.approx(float(plain()), abs=1e-4)
     assert executed_flops(compiled) == executed_flops(plain)
     assert "graphs of vision and pixels, 0 graph breaks" in capsys.readouterr().out
+
+
+def test_memory_that_counting_takes_is_not_the_step_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    highest = []
+
+    def wasteful(function: Any) -> int:
+        function()
+        torch.ones(128 * 2**20)  # 512 MiB
+        highest.append(peak_memory(torch.device("cpu")))
+        return 1
+
+    monkeypatch.setattr(turns, "executed_flops", wasteful)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+    timed = turns._Timed(small(), 1)
+    assert timed.facts(None).peak_bytes < highest[0] - 300 * 2**20
 
 
 def test_settings_that_do_not_go_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 
@@ -34,3 +35,9 @@ def keep_freed_memory(keep: bool = True) -> bool:
     # glibc before 2.35 refuses more than 32 MiB: larger blocks go back to the kernel there
     large = mallopt(_MMAP_THRESHOLD, _INT_MAX) or mallopt(_MMAP_THRESHOLD, _OLD_MMAP_LIMIT)
     return bool(large) and bool(mallopt(_TRIM_THRESHOLD, _NEVER)) and bool(mallopt(_ARENA_MAX, 1))
+
+
+def give_back_freed_memory() -> None:
+    """Hands what is free to the kernel once, where the C library can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

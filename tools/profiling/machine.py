@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from smaug_ds.engine.allocator import give_back_freed_memory
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "nvidia-dali-cuda130", "av", "numpy", "tokenizers")
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -100,6 +103,16 @@ def peak_memory(device: torch.device) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status tells no VmHWM")
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begins ``peak_memory`` anew, from what is in use now: freed memory that the process keeps is given back first."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    give_back_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # man 5 proc
 
 
 @dataclass(frozen=True)

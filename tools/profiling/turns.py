@@ -26,7 +26,7 @@ from smaug_ds import distributed
 from smaug_ds.config import ConfigError
 from smaug_ds.engine.allocator import keep_freed_memory
 from smaug_ds.engine.monitor import Stopwatch
-from tools.profiling.machine import peak_memory
+from tools.profiling.machine import forget_peak, peak_memory
 from tools.profiling.step import Step, StepConfig
 
 GPU_STEPS = 5  # between two looks at the clock: waiting for the device at each step would slow it down
@@ -217,6 +217,7 @@ class _Timed:
             self.step, self.clock, self.caption_tokens, cycle = ours, ours.clock, ours.caption_tokens, ours.cycle
         self.step()  # the first one makes what later ones reuse, such as the optimizer's state
         self.flops = executed_flops(lambda: [self.step() for _ in range(cycle)]) / cycle
+        forget_peak(self.device)  # the counter holds on to tensors, above all to recomputed ones
         for _ in range(warmup):
             self.step()
         if self.clock is not None:
