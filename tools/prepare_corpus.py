@@ -100,9 +100,7 @@ def batch_sizes(settings: dict[str, str], ranks: int) -> dict[str, str]:
         try:
             Corpus.open(folders, holdout, "test")
         except ValueError as error:
-            raise ValueError(
-                f"{error}: give more samples, or some to test on (docs/data.md), and another --out"
-            ) from error
+            raise ValueError(f"{error}: give more samples, or some to test on, and another --out") from error
     samples = {medium: corpus.count(medium) for medium in MEDIA if corpus.count(medium)}
     fewest = min(samples.values())
     micro_size = min(BATCH, fewest) // ranks
