@@ -76,8 +76,8 @@ def _info_nce(
     """Mean of both directions for each of the R rows ``video``, ``text`` (R, P), ``ids`` (R,), against all G: (R,)."""
     positives = (ids[:, None] == all_ids[None, :]).to(video.dtype)  # (R, G)
     targets = positives / positives.sum(dim=1, keepdim=True)
-    video_to_text = F.cross_entropy(scale * similarities(video, all_text), targets, reduction="none")
-    text_to_video = F.cross_entropy(scale * similarities(text, all_video), targets, reduction="none")
+    video_to_text = F.cross_entropy(similarities(scale * video, all_text), targets, reduction="none")
+    text_to_video = F.cross_entropy(similarities(scale * text, all_video), targets, reduction="none")
     return (video_to_text + text_to_video) / 2
 
 
@@ -94,14 +94,15 @@ def vtc_sigmoid(video: Tensor, text: Tensor, media_ids: Tensor, logit_scale: Ten
             text = distributed.exchange_with_neighbour(text)
             text_ids = distributed.exchange_with_neighbour(text_ids)
         signs = 2.0 * (media_ids[:, None] == text_ids[None, :]) - 1.0
-        total = total - F.logsigmoid(signs * (scale * similarities(video, text) + logit_bias)).sum(dim=1)
+        total = total - F.logsigmoid(signs * (similarities(scale * video, text) + logit_bias)).sum(dim=1)
     return global_mean(total)
 
 
 def similarities(rows: Tensor, columns: Tensor) -> Tensor:
-    """Cosines of unit vectors (R, P) and (G, P): (R, G), in float32 under autocast, too.
+    """Products of (R, P) and (G, P), unit vectors or scaled ones: (R, G), in float32 under autocast, too.
 
-    In bfloat16 they would come in steps of 1/256, which an inverse temperature of 100 makes 0.4 of a logit.
+    In bfloat16 cosines would come in steps of 1/256, which an inverse temperature of 100 makes 0.4 of a logit. It is
+    the rows that are to be scaled: (R, G) products before the temperature would be held for the backward pass, too.
     """
     with torch.autocast(rows.device.type, enabled=False):
         return rows @ columns.T

@@ -58,7 +58,7 @@ def draw(visual: VisualOutput, text: TextOutput, batch: Batch, scale: Tensor, ro
 
     def drawn(anchors: Tensor, others: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         pieces = [
-            losses.draw_hard_negatives(scale * losses.similarities(some, others), some_ids, all_ids, some_noise)
+            losses.draw_hard_negatives(losses.similarities(scale * some, others), some_ids, all_ids, some_noise)
             for some, some_ids, some_noise in zip(anchors.split(size), ids.split(size), noise.split(size), strict=True)
         ]
         columns, valid = zip(*pieces, strict=True)
